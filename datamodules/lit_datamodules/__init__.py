@@ -1,0 +1,1 @@
+"""Data for personalization: concept folders, WebDataset streams, augmentation, captions."""

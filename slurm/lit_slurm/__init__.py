@@ -1,0 +1,1 @@
+"""Render, submit and requeue Slurm jobs; imports nothing heavier than PyYAML."""
