@@ -21,7 +21,7 @@ _PUBLIC = {
     "load_adapter": ("lit_personalize.export.loading", "load_adapter"),
 }
 
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,119 @@
+"""Imports run downward only, and the light packages stay light.
+
+`lit_kernels`, `lit_datamodules` and `lit_slurm` import nothing of ours; `lit_personalize` imports `lit_kernels`;
+`lit_callbacks` imports both. Only `lit_personalize.cli` may also import `lit_datamodules` and `lit_slurm`, and only
+inside functions, so that `litp --help` stays fast. YAML names data and callbacks by `class_path`.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {
+    "lit_personalize": ROOT / "lit_personalize",
+    "lit_kernels": ROOT / "kernels/lit_kernels",
+    "lit_datamodules": ROOT / "datamodules/lit_datamodules",
+    "lit_callbacks": ROOT / "callbacks/lit_callbacks",
+    "lit_slurm": ROOT / "slurm/lit_slurm",
+}
+ALLOWED: dict[str, set[str]] = {
+    "lit_kernels": set(),
+    "lit_datamodules": set(),
+    "lit_slurm": set(),
+    "lit_personalize": {"lit_kernels"},
+    "lit_callbacks": {"lit_personalize", "lit_kernels"},
+}
+LAZILY_FROM_CLI = {"lit_datamodules", "lit_slurm"}
+
+
+def imports(node: ast.AST, lazy: bool = False) -> Iterator[tuple[int, str, bool]]:
+    """Yield (line, top-level name, whether inside a function) of every import below `node`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from ((child.lineno, alias.name.partition(".")[0], lazy) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom) and child.level == 0:
+            yield child.lineno, (child.module or "").partition(".")[0], lazy
+        elif isinstance(child, ast.Call) and ast.unparse(child.func).split(".")[-1] in ("import_module", "__import__"):
+            if child.args and isinstance(child.args[0], ast.Constant):
+                yield child.lineno, str(child.args[0].value).partition(".")[0], lazy
+        inside = lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        yield from imports(child, inside)
+
+
+def upward(source: str, package: str, in_cli: bool = False) -> list[str]:
+    """Return the imports in `source`, a module of `package`, that break the order of the layers."""
+    broken = []
+    for line, name, lazy in imports(ast.parse(source)):
+        allowed = ALLOWED[package] | (LAZILY_FROM_CLI if in_cli and lazy else set())
+        if name in FOLDERS and name != package and name not in allowed:
+            broken.append(f"{line}: {package}{'.cli' if in_cli else ''} imports {name}")
+    return broken
+
+
+def modules(package: str) -> list[Path]:
+    found = sorted(FOLDERS[package].rglob("*.py"))
+    assert found, f"{FOLDERS[package]} holds no module"
+    return found
+
+
+@pytest.mark.parametrize("package", FOLDERS)
+def test_imports_run_downward(package: str) -> None:
+    broken = []
+    for path in modules(package):
+        in_cli = package == "lit_personalize" and path.relative_to(FOLDERS[package]).parts[0] == "cli"
+        broken += [f"{path.relative_to(ROOT)}:{found}" for found in upward(path.read_text(), package, in_cli)]
+    assert not broken, "\n".join(broken)
+
+
+def test_slurm_needs_nothing_heavier_than_pyyaml() -> None:
+    """It runs on login nodes where torch is not installed."""
+    light = sys.stdlib_module_names | {"yaml", "lit_slurm"}
+    heavy = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in modules("lit_slurm")
+        for line, name, _ in imports(ast.parse(path.read_text()))
+        if name not in light
+    ]
+    assert not heavy, "\n".join(heavy)
+
+
+@pytest.mark.parametrize("package", ["lit_personalize", "lit_slurm"])
+def test_import_loads_no_torch(package: str) -> None:
+    program = f"import sys, {package}; print(*sorted({{'torch', 'lightning', 'numpy'}} & set(sys.modules)))"
+    path = os.pathsep.join(str(folder.parent) for folder in FOLDERS.values())
+    run = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True
+    )
+    assert not run.stdout.strip(), f"import {package} loads {run.stdout}"
+
+
+@pytest.mark.parametrize(
+    ("package", "in_cli", "source", "broken"),
+    [
+        ("lit_personalize", False, "import lit_kernels.attention", False),
+        ("lit_personalize", False, "from lit_datamodules.folder import read", True),
+        ("lit_personalize", False, "def f():\n    import lit_datamodules", True),
+        ("lit_personalize", False, "from importlib import import_module\nimport_module('lit_callbacks.ema')", True),
+        ("lit_personalize", True, "def f():\n    from lit_datamodules import folder", False),
+        ("lit_personalize", True, "def f():\n    if True:\n        import lit_slurm", False),
+        ("lit_personalize", True, "import lit_datamodules", True),
+        ("lit_personalize", True, "class A:\n    import lit_slurm", True),
+        ("lit_personalize", True, "def f():\n    import lit_callbacks", True),
+        ("lit_kernels", False, "import torch, lit_personalize", True),
+        ("lit_datamodules", False, "try:\n    import lit_kernels\nexcept ImportError:\n    pass", True),
+        ("lit_slurm", False, "import lit_personalize.errors", True),
+        ("lit_callbacks", False, "from lit_personalize.batch import Batch\nimport lit_kernels", False),
+        ("lit_callbacks", False, "import lit_datamodules", True),
+        ("lit_callbacks", False, "from . import ema", False),
+    ],
+)
+def test_the_check_sees(package: str, in_cli: bool, source: str, broken: bool) -> None:
+    assert bool(upward(source, package, in_cli)) == broken
