@@ -1,0 +1,120 @@
+"""The one attention processor: a diffusers `Attention` processor with four slots.
+
+* `key_value_source`: where the K and V of a cross-attention layer come from. None means the layer's
+  own `to_k` and `to_v`; a callable may compute the K and V of all layers in one launch.
+* `detach_first_token`: no gradient through token 0's K and V (Custom Diffusion).
+* `tap`: receives the probabilities of this layer and may replace them (attention maps, prompt-to-prompt).
+* `backend`: "reference" (softmax written out), "sdpa" (torch's fused attention) or "auto" (= sdpa).
+
+Nothing else sets a processor on a UNet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_kernels.attention import reference
+
+Backend = Literal["auto", "sdpa", "reference"]
+KeyValueSource = Callable[["AttentionProcessor", Any, Tensor], tuple[Tensor, Tensor]]
+Tap = Callable[["AttentionProcessor", Tensor], Tensor | None]
+
+
+@dataclass(eq=False)
+class AttentionProcessor:
+    """Attention of one layer; `name` is the layer's module path, `is_cross` whether it reads text."""
+
+    name: str
+    is_cross: bool
+    backend: Backend = "auto"
+    detach_first_token: bool = False
+    key_value_source: KeyValueSource | None = None
+    tap: Tap | None = None
+
+    def key_value(self, attn: Any, states_BSE: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V `[B, S, C]` of this layer for `states_BSE`."""
+        if self.is_cross and self.key_value_source is not None:
+            key, value = self.key_value_source(self, attn, states_BSE)
+        else:
+            key, value = attn.to_k(states_BSE), attn.to_v(states_BSE)
+        if self.is_cross and self.detach_first_token:
+            key, value = reference.detach_first_token(key), reference.detach_first_token(value)
+        return key, value
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Apply the layer to `[B, T, C]` or `[B, C, h, w]`; K and V from `encoder_hidden_states` if given."""
+        residual, shape = hidden_states, hidden_states.shape
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        if len(shape) == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, text.shape[1], len(text))
+            attention_mask = attention_mask.view(len(text), attn.heads, -1, attention_mask.shape[-1])
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+            text = hidden_states if encoder_hidden_states is None else text
+        if encoder_hidden_states is not None and attn.norm_cross:
+            text = attn.norm_encoder_hidden_states(text)
+        query = self._heads(attn, attn.to_q(hidden_states))
+        key, value = (self._heads(attn, x) for x in self.key_value(attn, text))
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        out = self._attend(query, key, value, attention_mask)
+        out = out.transpose(1, 2).flatten(2).to(query.dtype)
+        out = attn.to_out[1](attn.to_out[0](out))
+        if len(shape) == 4:
+            out = out.transpose(1, 2).reshape(shape)
+        if attn.residual_connection:
+            out = out + residual
+        return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
+
+    @staticmethod
+    def _heads(attn: Any, x_BSC: Tensor) -> Tensor:
+        return x_BSC.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        if self.tap is not None:
+            probabilities = reference.attention_probabilities(query, key, mask)
+            changed = self.tap(self, probabilities)
+            return (probabilities if changed is None else changed) @ value
+        if self.backend == "reference":
+            return reference.attention(query, key, value, mask)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def install(unet: nn.Module, backend: Backend = "auto") -> dict[str, AttentionProcessor]:
+    """Put an `AttentionProcessor` on every attention layer of a diffusers UNet.
+
+    Idempotent: a second call returns the installed processors, with their slots untouched.
+
+    Returns:
+        Processors by layer name (for example `down_blocks.0.attentions.0.transformer_blocks.0.attn2`).
+    """
+    from diffusers.models.attention_processor import Attention
+
+    installed = {}
+    for name, module in unet.named_modules():
+        if not isinstance(module, Attention):
+            continue
+        if not isinstance(module.processor, AttentionProcessor):
+            module.set_processor(AttentionProcessor(name, is_cross=module.is_cross_attention, backend=backend))
+        installed[name] = module.processor
+    if not installed:
+        raise ValueError(f"{type(unet).__name__} has no diffusers Attention layer")
+    return installed

@@ -1,0 +1,154 @@
+"""What every adapter is: named fp32 factors that change some layers or tokens of a base.
+
+An adapter knows no loss and no data. Objectives, regularizers, banks and merges reach it only
+through this protocol. Legend: `W0 [out, in]`, `A [R, in]` (down), `B [out, R]` (up), ΔW = s·B·A.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lit_personalize.backbones.base import Base
+
+
+@dataclass
+class LowRank:
+    """One layer's ΔW = (alpha / rank) · up · down, on the CPU in fp32."""
+
+    down: Tensor
+    """`[R, in]`"""
+    up: Tensor
+    """`[out, R]`"""
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    def delta(self) -> Tensor:
+        """ΔW `[out, in]`."""
+        return (self.alpha / self.rank) * (self.up @ self.down)
+
+
+@dataclass
+class AdapterWeights:
+    """What an adapter hands to exporters. Layer names begin with their component: `unet.`, `text_encoder.`."""
+
+    low_rank: dict[str, LowRank] = field(default_factory=dict)
+    dense: dict[str, Tensor] = field(default_factory=dict)
+    """ΔW `[out, in]` of layers without low-rank structure."""
+    tokens: dict[str, list[Tensor]] = field(default_factory=dict)
+    """Token name -> one `[n, d]` per text encoder."""
+
+    def merge(self, other: AdapterWeights) -> AdapterWeights:
+        """Both sets together; a layer or token in both is an error."""
+        for kind in ("low_rank", "dense", "tokens"):
+            if both := set(getattr(self, kind)) & set(getattr(other, kind)):
+                raise ValueError(f"two adapters change {sorted(both)[:3]}")
+        return AdapterWeights(
+            {**self.low_rank, **other.low_rank}, {**self.dense, **other.dense}, {**self.tokens, **other.tokens}
+        )
+
+
+class Adapter(nn.Module, ABC):
+    """Base class. Construct with options only; `attach` builds the parameters on a base.
+
+    Args:
+        name: Distinguishes adapters on one base.
+        lr: Learning rate of this adapter's parameter group; None takes the objective's.
+        weight_decay: Likewise.
+    """
+
+    def __init__(self, name: str, lr: float | None = None, weight_decay: float | None = None):
+        super().__init__()
+        self.name = name
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.active = True
+        self.attached = False
+        self.factors = nn.ParameterDict()
+
+    @abstractmethod
+    def attach(self, base: Base, seed: int = 0) -> None:
+        """Create fp32 factors and hook them into `base`; a second call does nothing."""
+
+    @abstractmethod
+    def delta(self, layer: str) -> Tensor:
+        """ΔW `[out, in]` of one layer in fp32, with a gradient to the factors."""
+
+    @abstractmethod
+    def layers(self) -> list[str]:
+        """Changed layers as `<component>.<module path>`, in the base's module order."""
+
+    @abstractmethod
+    def export_weights(self) -> AdapterWeights:
+        """Detached fp32 CPU copies in client-independent form."""
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        """Cast the weights once for the coming step; the factors themselves stay fp32."""
+
+    def set_active(self, active: bool) -> None:
+        """Switch the adapter on or off without touching its factors."""
+        self.active = active
+
+    def named_factors(self) -> dict[str, nn.Parameter]:
+        """Trained parameters by stable names (`<layer>:A`; dots are kept)."""
+        return {_unescape(key): parameter for key, parameter in self.factors.items()}
+
+    def add_factor(self, name: str, value: Tensor) -> nn.Parameter:
+        """Register a trained fp32 parameter under a stable name."""
+        parameter = nn.Parameter(value.detach().clone().float())
+        self.factors[_escape(name)] = parameter
+        return parameter
+
+    def factor(self, name: str) -> nn.Parameter:
+        return self.factors[_escape(name)]
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copies of all factors."""
+        return {name: p.detach().clone() for name, p in self.named_factors().items()}
+
+    @torch.no_grad()
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        """Put back a snapshot of exactly these factors.
+
+        Raises:
+            ValueError: Names or shapes differ.
+        """
+        own = self.named_factors()
+        if set(own) != set(snapshot):
+            missing, unknown = sorted(set(own) - set(snapshot)), sorted(set(snapshot) - set(own))
+            raise ValueError(f"adapter {self.name!r}: missing factors {missing[:3]}, unknown factors {unknown[:3]}")
+        for name, value in snapshot.items():
+            if own[name].shape != value.shape:
+                raise ValueError(f"adapter {self.name!r}: {name} is {tuple(own[name].shape)}, not {tuple(value.shape)}")
+            own[name].copy_(value)
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether gradients must flow through a text encoder."""
+        return any(layer.startswith("text_encoder") for layer in self.layers())
+
+
+def stack(snapshots: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack the factors of G adapters of one shape: name -> `[G, ...]`."""
+    return {name: torch.stack([s[name] for s in snapshots]) for name in snapshots[0]}
+
+
+def unstack(stacked: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The inverse of `stack`."""
+    count = len(next(iter(stacked.values())))
+    return [{name: value[g] for name, value in stacked.items()} for g in range(count)]
+
+
+def _escape(name: str) -> str:
+    return name.replace(".", "|")
+
+
+def _unescape(key: str) -> str:
+    return key.replace("|", ".")

@@ -1,0 +1,268 @@
+"""A frozen text-to-image model: what objectives and samplers may ask of it, for every family.
+
+Legend: `B` samples, `S` text tokens, `E` text width, `P` pooled width; latents `[B, C, h, w]`.
+Text encoders, VAE and UNet are stock diffusers and transformers modules; families differ only in
+`encode_text` and in the micro-conditioning of the UNet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_kernels.attention import AttentionProcessor, install
+from lit_personalize.backbones.noise import NoiseSchedule
+from lit_personalize.backbones.token_rows import AddedRows
+from lit_personalize.errors import UsageError
+
+if TYPE_CHECKING:
+    from lit_personalize.adapters.protocol import Adapter
+
+
+@dataclass
+class Conditioning:
+    """What the UNet is told: text states `[B, S, E]`, and for SDXL pooled `[B, P]` and time ids `[B, 6]`."""
+
+    states: Tensor
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def cat(self, other: Conditioning) -> Conditioning:
+        """Join along the batch."""
+        pairs = ((self.pooled, other.pooled), (self.time_ids, other.time_ids))
+        joined = [torch.cat([a, b]) if a is not None and b is not None else None for a, b in pairs]
+        return Conditioning(torch.cat([self.states, other.states]), *joined)
+
+
+class Base(nn.Module):
+    """Base class of the families. Build with `lit_personalize.backbones.loading.load_base`."""
+
+    family = ""
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        vae: nn.Module,
+        text_encoders: Sequence[nn.Module],
+        tokenizers: Sequence[Any],
+        scheduler: Any,
+        fingerprint: str,
+        source: str = "",
+    ):
+        super().__init__()
+        self.unet = unet
+        self.vae = vae
+        self.text_encoders = nn.ModuleList(text_encoders)
+        self.tokenizers = list(tokenizers)
+        self.scheduler = scheduler
+        self.schedule = NoiseSchedule.of_scheduler(scheduler)
+        self.fingerprint = fingerprint
+        self.source = source
+        self.requires_grad_(False)
+        self.eval()
+        self.processors: dict[str, AttentionProcessor] = install(unet)
+        self.added_rows: list[AddedRows] = []
+        self.vectors_of_token: dict[str, int] = {}
+        for encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True):
+            _pool_at_end_token(encoder, tokenizer)
+            self.added_rows.append(AddedRows(encoder, vocabulary=len(tokenizer)))
+
+    def train(self, mode: bool = True) -> Base:
+        """Stay in evaluation mode: a frozen base has no dropout and no batch statistics to update."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.unet.parameters()).dtype
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.unet.config.in_channels)
+
+    @property
+    def resolution(self) -> int:
+        """Native side of the pictures in pixels."""
+        return int(self.unet.config.sample_size) * self.downscale
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent cell."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    # ---- text -------------------------------------------------------------------------------------
+
+    def expand(self, caption: str) -> str:
+        """Write out tokens of several vectors: `<t>` becomes `<t> <t>_1 <t>_2`, as diffusers does."""
+        for token, count in self.vectors_of_token.items():
+            if count > 1 and token in caption and f"{token}_1" not in caption:
+                caption = caption.replace(token, " ".join([token, *(f"{token}_{i}" for i in range(1, count))]))
+        return caption
+
+    def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
+        """Ids `[B, S]` per tokenizer, padded and truncated to the encoder's length."""
+        expanded = [self.expand(caption) for caption in captions]
+        return tuple(
+            tokenizer(
+                expanded, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
+                return_tensors="pt",
+            ).input_ids
+            for tokenizer in self.tokenizers
+        )  # fmt: skip
+
+    def encode_text(self, input_ids: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Text states `[B, S, E]` and pooled states `[B, P]` (None where the family has none)."""
+        raise NotImplementedError
+
+    def condition(self, captions: Sequence[str], time_ids: Tensor | None = None) -> Conditioning:
+        """Tokenize and encode captions."""
+        states, pooled = self.encode_text([ids.to(self.device) for ids in self.tokenize(captions)])
+        if self.needs_time_ids and time_ids is None:
+            time_ids = self.default_time_ids(len(captions))
+        return Conditioning(states, pooled, time_ids)
+
+    needs_time_ids = False
+
+    def default_time_ids(self, batch: int) -> Tensor:
+        """SDXL's `[orig_h, orig_w, top, left, target_h, target_w]` for uncropped native pictures, `[B, 6]`."""
+        side = float(self.resolution)
+        return torch.tensor([side, side, 0.0, 0.0, side, side], device=self.device).expand(batch, 6)
+
+    # ---- pictures ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """VAE posterior of pixels `[B, 3, H, W]` in [-1, 1]: mean and standard deviation, fp32, unscaled.
+
+        Raises:
+            FloatingPointError: The VAE overflowed, as SDXL's does in fp16; load it in fp32 or bf16.
+        """
+        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
+        mean, std = posterior.mean.float(), posterior.std.float()
+        if not bool(torch.isfinite(mean).all()):
+            raise FloatingPointError(
+                f"the VAE of {self.source} gave non-finite latents in {self.vae.dtype}; "
+                "load it in float32 (vae_dtype: float32) or use the fp16-fixed VAE"
+            )
+        return mean, std
+
+    def scale_latents(self, latents: Tensor) -> Tensor:
+        """Unscaled VAE latents to the UNet's range."""
+        return latents * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Scaled latents to pixels `[B, 3, H, W]`, fp32 in [-1, 1]."""
+        z = (z / self.vae.config.scaling_factor).to(self.vae.dtype)
+        return self.vae.decode(z).sample.float().clamp(-1, 1)
+
+    # ---- prediction -------------------------------------------------------------------------------
+
+    def predict(
+        self, z_t: Tensor, t: Tensor, conditioning: Conditioning, adapters: Sequence[Adapter] | None = None
+    ) -> Tensor:
+        """The UNet's prediction for `z_t` `[B, C, h, w]` at `t` `[B]`, in `z_t`'s shape, fp32.
+
+        Args:
+            adapters: Those to apply in this call; all others are off. None asks the untouched base.
+                Added tokens count too: without its adapter a token has its initial value.
+        """
+        with self.only(adapters or ()):
+            return self.predict_active(z_t, t, conditioning)
+
+    def predict_active(self, z_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """Like `predict`, with whatever adapters are active now; for loops inside `only`."""
+        dtype = self.dtype
+        extra = self._added_conditioning(conditioning)
+        out = self.unet(z_t.to(dtype), t, conditioning.states.to(dtype), added_cond_kwargs=extra, return_dict=False)
+        return out[0].float()
+
+    def _added_conditioning(self, conditioning: Conditioning) -> dict[str, Tensor] | None:
+        return None
+
+    # ---- adapters ---------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        """Adapters attached to this base, in order."""
+        return getattr(self, "_adapters", [])
+
+    def register(self, adapter: Adapter) -> None:
+        """Note an attached adapter; called by `Adapter.attach`."""
+        if any(a.name == adapter.name for a in self.adapters):
+            raise UsageError(f"two adapters are named {adapter.name!r}; give one of them another `name`")
+        # A plain list: adapters are modules of the objective, not of the frozen base.
+        object.__setattr__(self, "_adapters", [*self.adapters, adapter])
+
+    @contextmanager
+    def only(self, adapters: Sequence[Adapter]) -> Iterator[None]:
+        """Activate exactly these adapters inside the context; restore the previous state after it."""
+        before = {id(a): a.active for a in self.adapters}
+        wanted = {id(a) for a in adapters}
+        if unknown := [a.name for a in adapters if id(a) not in before]:
+            raise ValueError(f"adapters {unknown} are not attached to this base")
+        for adapter in self.adapters:
+            adapter.set_active(id(adapter) in wanted)
+        try:
+            yield
+        finally:
+            for adapter in self.adapters:
+                adapter.set_active(before[id(adapter)])
+
+    def components(self) -> dict[str, nn.Module]:
+        """Modules by the names that diffusers pipelines use: unet, text_encoder, text_encoder_2, vae."""
+        named: dict[str, nn.Module] = {"unet": self.unet, "vae": self.vae}
+        for i, encoder in enumerate(self.text_encoders):
+            named["text_encoder" if i == 0 else f"text_encoder_{i + 1}"] = encoder
+        return named
+
+
+class StableDiffusion(Base):
+    """SD1.x and SD2.x: one text encoder; states after its final layer norm."""
+
+    family = "sd"
+
+    def encode_text(self, input_ids: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        return self.text_encoders[0](input_ids[0]).last_hidden_state, None
+
+
+class StableDiffusionXL(Base):
+    """SDXL: penultimate states of two encoders side by side, pooled projection of the second."""
+
+    family = "sdxl"
+    needs_time_ids = True
+
+    def encode_text(self, input_ids: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        states, pooled = [], None
+        for encoder, ids in zip(self.text_encoders, input_ids, strict=True):
+            out = encoder(ids, output_hidden_states=True)
+            states.append(out.hidden_states[-2])
+            pooled = out[0]  # the last encoder's `text_embeds`
+        return torch.cat(states, dim=-1), pooled
+
+    def _added_conditioning(self, conditioning: Conditioning) -> dict[str, Tensor] | None:
+        if conditioning.pooled is None or conditioning.time_ids is None:
+            raise ValueError("SDXL needs pooled text states and time ids")
+        return {"text_embeds": conditioning.pooled.to(self.dtype), "time_ids": conditioning.time_ids.to(self.device)}
+
+
+def _pool_at_end_token(encoder: nn.Module, tokenizer: Any) -> None:
+    """Pool at the tokenizer's end token.
+
+    Published configs carry `eos_token_id = 2`, which makes transformers pool at the largest id: with
+    an added token that is the placeholder instead of the end of the sentence.
+    """
+    inner = getattr(encoder, "text_model", encoder)
+    inner.eos_token_id = tokenizer.eos_token_id
+    encoder.config.eos_token_id = tokenizer.eos_token_id

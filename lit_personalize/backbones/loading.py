@@ -1,0 +1,151 @@
+"""Load a base from a local diffusers directory, a single-file checkpoint or (when asked) a hub id."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lit_personalize.backbones.base import Base, StableDiffusion, StableDiffusionXL
+from lit_personalize.backbones.fingerprint import fingerprint_of
+from lit_personalize.errors import DataError, UsageError
+
+TINYWORLD = "tinyworld"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def tinyworld_directory() -> Path:
+    """The embedded base, a stock diffusers directory inside the package."""
+    return Path(__file__).parents[1] / "tinyworld" / "weights" / "base"
+
+
+def resolve(base: str | Path) -> Path:
+    """The local directory or file that `base` names ("tinyworld" is the embedded one).
+
+    Raises:
+        DataError: Nothing is there.
+    """
+    path = tinyworld_directory() if str(base) == TINYWORLD else Path(base).expanduser()
+    if not path.exists():
+        raise DataError(
+            f"base {str(base)!r} not found at {path.absolute()}; give a local diffusers directory, "
+            f"a .safetensors checkpoint, or {TINYWORLD!r}"
+        )
+    return path
+
+
+def load_base(
+    base: str | Path,
+    *,
+    dtype: str | torch.dtype = "float32",
+    vae_dtype: str | torch.dtype | None = None,
+    config: str | Path | None = None,
+    device: str | torch.device = "cpu",
+) -> Base:
+    """Load a base with frozen weights.
+
+    Args:
+        base: A diffusers directory, a single-file checkpoint, or "tinyworld".
+        dtype: Of UNet and text encoders.
+        vae_dtype: Of the VAE; by default fp32 for SDXL in fp16 (its VAE overflows there), else `dtype`.
+        config: For a single file: a diffusers directory of the same family that gives configs and
+            tokenizers, so that nothing is fetched.
+
+    Raises:
+        DataError: A part is missing or damaged; the message names it.
+        UsageError: The directory holds another kind of pipeline.
+    """
+    path = resolve(base)
+    dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    parts = _parts_of_directory(path, dtype) if path.is_dir() else _parts_of_file(path, config, dtype)
+    family = StableDiffusionXL if len(parts["text_encoders"]) == 2 else StableDiffusion
+    if vae_dtype is None:
+        vae_dtype = torch.float32 if family is StableDiffusionXL and dtype == torch.float16 else dtype
+    parts["vae"].to(DTYPES[vae_dtype] if isinstance(vae_dtype, str) else vae_dtype)
+    built = family(**parts, fingerprint=fingerprint_of(path), source=str(base))
+    return built.to(device)
+
+
+def _parts_of_directory(path: Path, dtype: torch.dtype) -> dict[str, Any]:
+    index = path / "model_index.json"
+    if not index.exists():
+        raise DataError(f"{path} has no model_index.json: it is not a diffusers pipeline directory")
+    listed: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
+    wanted = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
+    if "XL" in listed.get("_class_name", ""):
+        wanted += ["text_encoder_2", "tokenizer_2"]
+    elif "StableDiffusion" not in listed.get("_class_name", ""):
+        raise UsageError(f"{path} is a {listed.get('_class_name')}; supported are Stable Diffusion 1, 2 and XL")
+    if missing := [part for part in wanted if not (path / part).is_dir()]:
+        raise DataError(f"base {path} lacks {', '.join(missing)}: copy the complete diffusers directory")
+    encoders = [name for name in ("text_encoder", "text_encoder_2") if name in wanted]
+    return {
+        "unet": _load_part(path, "unet", dtype),
+        "vae": _load_part(path, "vae", dtype),
+        "text_encoders": [_load_part(path, name, dtype, listed[name][1]) for name in encoders],
+        "tokenizers": [_load_tokenizer(path, n) for n in ("tokenizer", "tokenizer_2") if n in wanted],
+        "scheduler": _load_scheduler(path),
+    }
+
+
+def _load_part(path: Path, name: str, dtype: torch.dtype, class_name: str = "CLIPTextModel") -> nn.Module:
+    import transformers
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    classes = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+    kind: Any = classes.get(name) or getattr(transformers, class_name)
+    keyword = "torch_dtype" if name in classes else "dtype"
+    variants = {None: any((path / name).glob("*.safetensors")) or any((path / name).glob("*.bin"))}
+    plain = [p for p in (path / name).glob("*.safetensors") if ".fp16." not in p.name]
+    variant = "fp16" if not plain and any((path / name).glob("*.fp16.safetensors")) else None
+    if not variants[None]:
+        raise DataError(f"base {path}: {name} has a config but no weights (*.safetensors)")
+    try:
+        return kind.from_pretrained(path / name, local_files_only=True, variant=variant, **{keyword: dtype})
+    except Exception as error:  # noqa: BLE001 - loaders raise a dozen types; all mean: this part does not load
+        raise DataError(f"base {path}: cannot load {name}: {error}") from error
+
+
+def _load_tokenizer(path: Path, name: str) -> Any:
+    from transformers import CLIPTokenizer
+
+    try:
+        return CLIPTokenizer.from_pretrained(path / name, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"base {path}: cannot load {name}: {error}") from error
+
+
+def _load_scheduler(path: Path) -> Any:
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler.from_pretrained(path / "scheduler", local_files_only=True)
+
+
+def _parts_of_file(path: Path, config: str | Path | None, dtype: torch.dtype) -> dict[str, Any]:
+    from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    if path.suffix != ".safetensors":
+        raise DataError(f"{path.name}: only .safetensors checkpoints are read; {path.suffix or 'this'} may run code")
+    if config is None:
+        raise UsageError(
+            f"{path.name} is a single file: name a diffusers directory of the same family in `base_config` "
+            "for its configs and tokenizers (nothing is fetched from a hub)"
+        )
+    folder = resolve(config)
+    listed = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    kind = StableDiffusionXLPipeline if "XL" in listed["_class_name"] else StableDiffusionPipeline
+    try:
+        pipe = kind.from_single_file(path, config=str(folder), local_files_only=True, torch_dtype=dtype)
+    except Exception as error:  # noqa: BLE001 - see _load_part
+        raise DataError(f"cannot read {path.name} as a {kind.__name__}: {error}") from error
+    two = kind is StableDiffusionXLPipeline
+    return {
+        "unet": pipe.unet,
+        "vae": pipe.vae,
+        "text_encoders": [pipe.text_encoder, pipe.text_encoder_2] if two else [pipe.text_encoder],
+        "tokenizers": [pipe.tokenizer, pipe.tokenizer_2] if two else [pipe.tokenizer],
+        "scheduler": DDPMScheduler.from_config(pipe.scheduler.config),
+    }

@@ -1,0 +1,97 @@
+"""The one typed batch that objectives see, whatever stream, cache or bank it came from.
+
+Data modules deliver a mapping with these field names (they know nothing of this class);
+`Batch.of` checks it once, at the boundary. Shapes: `B` samples, `S` text tokens, `E` text width,
+`P` pooled width, latents `[B, C, h, w]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Role(IntEnum):
+    """Why a sample is in the batch."""
+
+    INSTANCE = 0
+    PRIOR = 1
+    REPLAY = 2
+
+
+@dataclass
+class Batch:
+    """One step's samples. Either `pixels` or `latent_mean`/`latent_std`; either ids or states."""
+
+    role: Tensor
+    """int64 `[B]`, values of `Role`."""
+    position: Tensor
+    """int64 `[B]`: index of the sample within its adapter's step, over all ranks; keys random draws."""
+    sample_id: list[str]
+    """`[B]` names for messages and the manifest."""
+    pixels: Tensor | None = None
+    """fp32 `[B, 3, H, W]` in [-1, 1]."""
+    latent_mean: Tensor | None = None
+    """fp32 `[B, C, h, w]`: mean of the VAE posterior, not yet scaled."""
+    latent_std: Tensor | None = None
+    """fp32 `[B, C, h, w]`: standard deviation of the VAE posterior."""
+    input_ids: tuple[Tensor, ...] | None = None
+    """One int64 `[B, S]` per tokenizer."""
+    text_states: Tensor | None = None
+    """`[B, S, E]`: cached states, when nothing of the text side trains."""
+    pooled: Tensor | None = None
+    """`[B, P]`: cached pooled states (SDXL)."""
+    mask: Tensor | None = None
+    """fp32 `[B, 1, h, w]`: latent cells that count in the loss."""
+    time_ids: Tensor | None = None
+    """fp32 `[B, 6]`: SDXL's original size, crop corner and target size."""
+    concept: Tensor | None = None
+    """int64 `[B]`: index of the concept."""
+    slot: Tensor | None = None
+    """int64 `[B]`: place of the adapter in a bank."""
+    captions: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.pixels is None) == (self.latent_mean is None):
+            raise ValueError("a Batch has either pixels or latent_mean (with latent_std)")
+        if (self.latent_mean is None) != (self.latent_std is None):
+            raise ValueError("latent_mean and latent_std come together")
+        if (self.input_ids is None) == (self.text_states is None):
+            raise ValueError("a Batch has either input_ids or text_states")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            parts = value if field.name == "input_ids" and value is not None else (value,)
+            for part in parts:
+                if part is not None and len(part) != len(self):
+                    raise ValueError(f"Batch.{field.name} has {len(part)} samples, role has {len(self)}")
+
+    def __len__(self) -> int:
+        return len(self.role)
+
+    @classmethod
+    def of(cls, mapping: Mapping[str, Any] | Batch) -> Batch:
+        """Build a batch from a data module's mapping; unknown or missing fields raise ValueError."""
+        if isinstance(mapping, Batch):
+            return mapping
+        known = {f.name for f in fields(cls)}
+        if unknown := set(mapping) - known:
+            raise ValueError(f"unknown batch fields {sorted(unknown)}; known: {sorted(known)}")
+        if missing := {"role", "position", "sample_id"} - set(mapping):
+            raise ValueError(f"missing batch fields {sorted(missing)}")
+        values = dict(mapping)
+        if values.get("input_ids") is not None:
+            values["input_ids"] = tuple(values["input_ids"])
+        return cls(**values)
+
+    @property
+    def device(self) -> torch.device:
+        return self.role.device
+
+    def where(self, role: Role) -> Tensor:
+        """bool `[B]`: samples of one role."""
+        return self.role == int(role)

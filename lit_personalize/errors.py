@@ -1,0 +1,37 @@
+"""Errors that a user can mend, each with the exit code of the command line."""
+
+from __future__ import annotations
+
+
+class LitpError(Exception):
+    """Base class; the message names the thing and the fix. `exit_code` is what `litp` returns."""
+
+    exit_code = 1
+
+
+class UsageError(LitpError):
+    """A wrong option, key, type or combination."""
+
+    exit_code = 2
+
+
+class DataError(LitpError):
+    """A missing, empty or damaged input: images, captions, shards, base directories, adapter files."""
+
+    exit_code = 3
+
+
+class VerificationError(LitpError):
+    """A written file does not give back what was trained."""
+
+    exit_code = 4
+
+
+class NonFiniteError(LitpError):
+    """A loss, gradient or weight became NaN or infinite."""
+
+
+class RunLockedError(LitpError):
+    """Another process owns the run directory."""
+
+    exit_code = 2

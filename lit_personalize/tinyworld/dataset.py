@@ -1,0 +1,95 @@
+"""Tinyworld pictures in bulk: arrays for training, image folders and WebDataset shards for users."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from lit_personalize.tinyworld.captions import caption
+from lit_personalize.tinyworld.render import render
+from lit_personalize.tinyworld.scene import Kind, Population, Scene, sample_split
+
+CHUNK = 500  # scenes per task; the result does not depend on the number of processes
+
+
+@dataclass
+class Pictures:
+    """`pixels` uint8 `[N, 64, 64, 3]` beside the scenes that they show."""
+
+    pixels: np.ndarray
+    scenes: list[Scene]
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+
+def _render_chunk(task: tuple[int, int, int, str, str, str | None, int]) -> tuple[np.ndarray, list[Scene]]:
+    seed, index, count, split, population, kind, size = task
+    rng = np.random.default_rng([seed, index])
+    scenes = [sample_split(rng, split, population, kind) for _ in range(count)]  # type: ignore[arg-type]
+    return np.stack([render(scene, size) for scene in scenes]), scenes
+
+
+def sample_pictures(
+    count: int,
+    seed: int,
+    split: Literal["train", "test"] = "train",
+    population: Population = "base",
+    kind: Kind | None = None,
+    size: int = 64,
+    processes: int = 1,
+) -> Pictures:
+    """Render `count` random scenes. Chunk `i` uses its own generator, so more scenes extend fewer."""
+    tasks = [
+        (seed, start // CHUNK, min(CHUNK, count - start), split, population, kind, size)
+        for start in range(0, count, CHUNK)
+    ]
+    if processes > 1 and len(tasks) > 1:
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            parts = pool.map(_render_chunk, tasks, chunksize=1)
+    else:
+        parts = [_render_chunk(task) for task in tasks]
+    return Pictures(np.concatenate([p for p, _ in parts]), [s for _, scenes in parts for s in scenes])
+
+
+def write_folder(pictures: Pictures, folder: Path, seed: int = 0) -> None:
+    """Write `00000.png` with a `.txt` caption and a `.json` scene beside each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for i, (pixels, scene) in enumerate(zip(pictures.pixels, pictures.scenes, strict=True)):
+        Image.fromarray(pixels).save(folder / f"{i:05d}.png")
+        (folder / f"{i:05d}.txt").write_text(caption(scene, rng) + "\n", encoding="utf-8")
+        (folder / f"{i:05d}.json").write_text(json.dumps(scene.to_dict()), encoding="utf-8")
+
+
+def write_shards(pictures: Pictures, folder: Path, per_shard: int = 1000, seed: int = 0) -> list[Path]:
+    """Write img2dataset-style shards `00000.tar` with `jpg`, `txt` and `json` per sample."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    paths = []
+    for shard, start in enumerate(range(0, len(pictures), per_shard)):
+        path = folder / f"{shard:05d}.tar"
+        with tarfile.open(path, "w") as tar:
+            for i in range(start, min(start + per_shard, len(pictures))):
+                key = f"{shard:05d}{i - start:04d}"
+                buffer = io.BytesIO()
+                Image.fromarray(pictures.pixels[i]).save(buffer, "JPEG", quality=97, subsampling=0)
+                parts = {
+                    "jpg": buffer.getvalue(),
+                    "txt": caption(pictures.scenes[i], rng).encode(),
+                    "json": json.dumps(pictures.scenes[i].to_dict()).encode(),
+                }
+                for suffix, data in parts.items():
+                    info = tarfile.TarInfo(f"{key}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+        paths.append(path)
+    return paths
