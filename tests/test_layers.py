@@ -88,10 +88,9 @@ def test_slurm_needs_nothing_heavier_than_pyyaml() -> None:
 @pytest.mark.parametrize("package", ["lit_personalize", "lit_slurm"])
 def test_import_loads_no_torch(package: str) -> None:
     program = f"import sys, {package}; print(*sorted({{'torch', 'lightning', 'numpy'}} & set(sys.modules)))"
-    path = os.pathsep.join(str(folder.parent) for folder in FOLDERS.values())
-    run = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True
-    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(folder.parent) for folder in FOLDERS.values())}
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert not run.stdout.strip(), f"import {package} loads {run.stdout}"
 
 
