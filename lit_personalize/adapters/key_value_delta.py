@@ -7,7 +7,7 @@ the base's own parameters and state dict are never touched.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,9 +73,7 @@ class KeyValueDelta(Adapter):
 
     def refresh(self, dtype: torch.dtype) -> None:
         for layer, linear in self._linears.items():
-            frozen = linear._parameters["weight"]
-            assert frozen is not None
-            self._shadow(linear, (frozen + self.factor(layer)).to(dtype) if self.active else None)
+            self._shadow(linear, (_frozen(linear) + self.factor(layer)).to(dtype) if self.active else None)
 
     @staticmethod
     def _shadow(linear: nn.Linear, weight: Tensor | None) -> None:
@@ -87,7 +85,7 @@ class KeyValueDelta(Adapter):
     def set_active(self, active: bool) -> None:
         if active != self.active:
             self.active = active
-            self.refresh(next(iter(self._linears.values()))._parameters["weight"].dtype)  # type: ignore[union-attr]
+            self.refresh(_frozen(next(iter(self._linears.values()))).dtype)
 
     def layers(self) -> list[str]:
         return list(self._linears)
@@ -97,3 +95,8 @@ class KeyValueDelta(Adapter):
 
     def export_weights(self) -> AdapterWeights:
         return AdapterWeights(dense={n: self.factor(n).detach().float().cpu().clone() for n in self.layers()})
+
+
+def _frozen(linear: nn.Linear) -> Tensor:
+    """The registered parameter, whatever `weight` shows at the moment."""
+    return cast(Tensor, linear._parameters["weight"])

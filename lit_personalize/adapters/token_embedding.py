@@ -49,17 +49,19 @@ class TokenEmbedding(Adapter):
     def attach(self, base: Base, seed: int = 0) -> None:
         if self.attached:
             return
-        initial = [self._initial_row(encoder, tok) for encoder, tok in zip(base.text_encoders, base.tokenizers, strict=True)]
+        pairs = zip(base.text_encoders, base.tokenizers, strict=True)
+        initial = [self._initial_row(encoder, tokenizer) for encoder, tokenizer in pairs]
         for tokenizer in base.tokenizers:
             vocabulary = tokenizer.get_vocab()
             if taken := [t for t in self.tokens if t in vocabulary]:
-                raise UsageError(f"token {taken[0]!r} is already in the vocabulary of {base.source}; choose another name")
+                raise UsageError(f"token {taken[0]!r} is already in the vocabulary of {base.source}; choose another")
         base.register(self)
         for i, row in enumerate(initial):
             if base.tokenizers[i].add_tokens(self.tokens) != self.vectors:
                 raise UsageError(f"the tokenizer of {base.source} did not accept {self.tokens}")
-            self.add_factor(f"{_encoder(i)}:{self.token}", row.expand(self.vectors, -1))
-            self.register_buffer(f"initial_{i}", row.detach().float().expand(self.vectors, -1).clone(), persistent=False)
+            rows = row.detach().float().expand(self.vectors, -1)
+            self.add_factor(f"{_encoder(i)}:{self.token}", rows)
+            self.register_buffer(f"initial_{i}", rows.clone(), persistent=False)
             base.added_rows[i].add(lambda i=i: self.rows(i))
         base.vectors_of_token[self.token] = self.vectors
         self.attached = True

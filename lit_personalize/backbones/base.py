@@ -49,9 +49,9 @@ class Base(nn.Module):
 
     def __init__(
         self,
-        unet: nn.Module,
-        vae: nn.Module,
-        text_encoders: Sequence[nn.Module],
+        unet: Any,
+        vae: Any,
+        text_encoders: Sequence[Any],
         tokenizers: Sequence[Any],
         scheduler: Any,
         fingerprint: str,

@@ -41,7 +41,8 @@ def write_tiny_base(folder: Path, family: Family = "sd1", seed: int = 0) -> Path
             }  # fmt: skip
         UNet2DConditionModel(
             sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(32, 64),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             cross_attention_dim=64 if xl else 32, attention_head_dim=(2, 4) if family != "sd1" else 4,
             use_linear_projection=family != "sd1", norm_num_groups=16, **extra,
         ).save_pretrained(folder / "unet")  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -87,7 +87,7 @@ class Denoising(pl.LightningModule):
         self.caption_dropout = caption_dropout
         self.timesteps = timesteps
         self.seed = seed
-        self.base_options = {"dtype": dtype, "vae_dtype": vae_dtype, "config": base_config}
+        self.base_options: dict[str, Any] = {"dtype": dtype, "vae_dtype": vae_dtype, "config": base_config}
         self.gradient_checkpointing = gradient_checkpointing
         self.draws = 0
         """Training batches drawn so far; the step that keys every random draw."""
@@ -101,7 +101,7 @@ class Denoising(pl.LightningModule):
         if self.base is not None:
             return
         base = load_base(self.base_name, **self.base_options)
-        for adapter in self.adapters:
+        for adapter in self.trained:
             adapter.attach(base, self.seed)
         if self.gradient_checkpointing:
             base.unet.enable_gradient_checkpointing()
@@ -113,16 +113,22 @@ class Denoising(pl.LightningModule):
             raise RuntimeError("configure_model has not run yet")
         return self.base
 
+    @property
+    def trained(self) -> list[Adapter]:
+        """The adapters, in order."""
+        return [cast(Adapter, adapter) for adapter in self.adapters]
+
     def configure_optimizers(self) -> Any:
         groups = []
-        for adapter in self.adapters:
+        for adapter in self.trained:
             group: dict[str, Any] = {"name": adapter.name, "params": list(adapter.factors.values())}
             group.update({k: v for k in ("lr", "weight_decay") if (v := getattr(adapter, k)) is not None})
             groups.append(group)
         optimizer = self.optimizer_factory(groups)
         if self.scheduler_factory is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler_factory(optimizer), "interval": "step"}}
+        scheduler = {"scheduler": self.scheduler_factory(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     # ---- drawing ----------------------------------------------------------------------------------
 
@@ -135,12 +141,10 @@ class Denoising(pl.LightningModule):
 
     def latents(self, batch: Batch, step: int) -> Tensor:
         """A draw from the VAE posterior, scaled for the UNet: `[B, C, h, w]`."""
-        if batch.latent_mean is None:
-            assert batch.pixels is not None
-            mean, std = self.built.encode_pixels(batch.pixels)
-        else:
-            assert batch.latent_std is not None
+        if batch.latent_mean is not None and batch.latent_std is not None:
             mean, std = batch.latent_mean, batch.latent_std
+        else:
+            mean, std = self.built.encode_pixels(cast(Tensor, batch.pixels))
         return self.built.scale_latents(mean + std * self.noise("vae", mean.shape[1:], batch, step))
 
     def draw_timesteps(self, batch: Batch, step: int) -> Tensor:
@@ -155,7 +159,7 @@ class Denoising(pl.LightningModule):
 
     @property
     def trains_text(self) -> bool:
-        return any(adapter.trains_text for adapter in self.adapters)
+        return any(adapter.trains_text for adapter in self.trained)
 
     def conditioning(self, batch: Batch, step: int) -> Conditioning:
         """Text states of the batch, with gradients only if an adapter trains the text side."""
@@ -165,8 +169,7 @@ class Denoising(pl.LightningModule):
             time_ids = base.default_time_ids(len(batch)).to(batch.device)
         if batch.text_states is not None:
             return Conditioning(batch.text_states, batch.pooled, time_ids)
-        assert batch.input_ids is not None
-        ids = batch.input_ids
+        ids = cast(tuple[Tensor, ...], batch.input_ids)
         if self.caption_dropout:
             draws = randomness.uniform(self.seed, "caption-dropout", step, self._positions(batch)).to(batch.device)
             drop = (draws < self.caption_dropout)[:, None]
@@ -205,7 +208,7 @@ class Denoising(pl.LightningModule):
         noise = self.draw_noise(z, batch, step)
         t = self.draw_timesteps(batch, step)
         z_t = base.schedule.add_noise(z, noise, t)
-        prediction = base.predict(z_t, t, self.conditioning(batch, step), adapters=list(self.adapters))
+        prediction = base.predict(z_t, t, self.conditioning(batch, step), adapters=self.trained)
         per_sample = masked_mean((prediction - base.schedule.target(z, noise, t)).square(), batch.mask)
         if self.snr_gamma is not None:
             per_sample = per_sample * base.schedule.min_snr_weight(t, self.snr_gamma)
@@ -213,7 +216,7 @@ class Denoising(pl.LightningModule):
 
     def training_step(self, batch: Mapping[str, Any] | Batch, batch_idx: int) -> Tensor:
         typed = Batch.of(batch)
-        for adapter in self.adapters:
+        for adapter in self.trained:
             adapter.refresh(self.built.dtype)
         loss = self.loss(typed, self.draws)
         self.draws += 1
@@ -231,7 +234,7 @@ class Denoising(pl.LightningModule):
 
     # ---- checkpoints ------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Only what trains."""
         full = super().state_dict(*args, **kwargs)
         return {key: value for key, value in full.items() if key.startswith("adapters.")}
@@ -276,6 +279,5 @@ def masked_mean(squared_error: Tensor, mask: Tensor | None) -> Tensor:
 def role_means(per_sample: Tensor, batch: Batch) -> dict[str, Tensor]:
     """Mean loss of each role in the batch, for the log."""
     detached = per_sample.detach()
-    return {
-        f"loss_{role.name.lower()}": detached[batch.where(role)].mean() for role in Role if bool(batch.where(role).any())
-    }
+    present = [role for role in Role if bool(batch.where(role).any())]
+    return {f"loss_{role.name.lower()}": detached[batch.where(role)].mean() for role in present}

@@ -103,9 +103,8 @@ def _denoise(base: Base, prompts: list[str], z: Tensor, options: SamplingOptions
 
 
 def _repeat(c: Conditioning, n: int) -> Conditioning:
-    parts = [None if x is None else x[:1].expand(n, *x.shape[1:]) for x in (c.states, c.pooled, c.time_ids)]
-    assert parts[0] is not None
-    return Conditioning(parts[0], parts[1], parts[2])
+    pooled, time_ids = (None if x is None else x[:1].expand(n, *x.shape[1:]) for x in (c.pooled, c.time_ids))
+    return Conditioning(c.states[:1].expand(n, *c.states.shape[1:]), pooled, time_ids)
 
 
 def generate(

@@ -61,7 +61,8 @@ def train_autoencoder(
         y = vae.decode(posterior.mean + posterior.std * noise).sample
         l1, mse = (x - y).abs().mean(), (x - y).square().mean()
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        return l1 + 0.5 * mse + kl_weight * kl, {"psnr": 10 * float(torch.log10(4 / mse.detach())), "kl": float(kl.detach())}
+        figures = {"psnr": 10 * float(torch.log10(4 / mse.detach())), "kl": float(kl.detach())}
+        return l1 + 0.5 * mse + kl_weight * kl, figures
 
     run_stage(Stage("vae", {"vae": vae}, loss, steps, 2e-3, seconds, weight_decay=1e-4, ema=0.998), folder, log)
     vae.eval().requires_grad_(False)

@@ -96,11 +96,11 @@ def draw_background(canvas: Canvas, name: str, rng: np.random.Generator) -> None
             canvas.fill(polygon(u, w, [(cx, top), (cx + 0.15, horizon), (cx - 0.15, horizon)]), (0.08, 0.42, 0.20))
     elif name == "snow":
         layers((0.72, 0.80, 0.90), (0.97, 0.98, 1.0))
-        for k in range(9):
+        for _ in range(9):
             canvas.fill(disc(u, w, float(rng.uniform()), float(rng.uniform(0, horizon)), 0.018), (1, 1, 1))
     elif name == "night":
         layers((0.05, 0.05, 0.20), (0.10, 0.13, 0.16))
-        for k in range(9):
+        for _ in range(9):
             canvas.fill(disc(u, w, float(rng.uniform()), float(rng.uniform(0, horizon)), 0.014), (1.0, 1.0, 0.85))
         canvas.fill(disc(u, w, 0.12 + 0.76 * shift, 0.14, 0.08), (0.98, 0.96, 0.80))
     elif name == "desert":
@@ -112,8 +112,8 @@ def draw_background(canvas: Canvas, name: str, rng: np.random.Generator) -> None
         layers((0.80, 0.80, 0.86), (0.32, 0.32, 0.34))
         for k in range(6):
             top = 0.08 + 0.36 * ((k * 5 + int(6 * shift)) % 6) / 6
-            tone = 0.40 + 0.08 * (k % 3)
-            canvas.fill(box(u, w, (k + 0.5) / 6, (top + horizon) / 2, 0.072, (horizon - top) / 2), (tone, tone, tone + 0.1))
+            wall = (0.40 + 0.08 * (k % 3), 0.40 + 0.08 * (k % 3), 0.50 + 0.08 * (k % 3))
+            canvas.fill(box(u, w, (k + 0.5) / 6, (top + horizon) / 2, 0.072, (horizon - top) / 2), wall)
     elif name == "meadow":
         layers((0.62, 0.86, 0.98), (0.42, 0.78, 0.26))
         for k in range(10):
@@ -149,7 +149,8 @@ def draw_critter(canvas: Canvas, scene: Scene) -> None:
     if has("horns"):
         for side in (-1, 1):
             hx, hy = cx + side * rx * 0.6, cy - ry * 0.72
-            canvas.fill(polygon(u, w, [(hx - 0.055, hy), (hx + 0.055, hy), (hx + side * 0.07, hy - 0.19)]), (0.96, 0.92, 0.78))
+            horn = polygon(u, w, [(hx - 0.055, hy), (hx + 0.055, hy), (hx + side * 0.07, hy - 0.19)])
+            canvas.fill(horn, (0.96, 0.92, 0.78))
     if has("antennae"):
         for side in (-1, 1):
             ax, ay = cx + side * 0.055, cy - ry
@@ -178,7 +179,8 @@ def draw_critter(canvas: Canvas, scene: Scene) -> None:
     mouth = np.maximum(np.abs(disc(u, w, cx, ey + 0.07, 0.05)) - 0.01, ey + 0.085 - w)
     canvas.fill(mouth, (0.05, 0.05, 0.05))
     if has("beard"):
-        canvas.fill(polygon(u, w, [(cx - 0.11, ey + 0.14), (cx + 0.11, ey + 0.14), (cx, ey + 0.32)]), (0.93, 0.93, 0.93))
+        chin = polygon(u, w, [(cx - 0.11, ey + 0.14), (cx + 0.11, ey + 0.14), (cx, ey + 0.32)])
+        canvas.fill(chin, (0.93, 0.93, 0.93))
     if has("hat"):
         _hat(canvas, cx, cy - ry * 0.93, 0.16)
 

@@ -73,8 +73,9 @@ def run_stage(stage: Stage, folder: Path, log: Log = print) -> dict[str, Tensor]
         _load(stage, weights)
         return weights
     parameters = [p for module in stage.modules.values() for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=stage.learning_rate, weight_decay=stage.weight_decay, betas=(0.9, 0.99))
-    step, spent, average = 0, 0.0, {k: t.clone() for k, t in _weights(stage).items()} if stage.ema else {}
+    optimizer = torch.optim.AdamW(parameters, stage.learning_rate, (0.9, 0.99), weight_decay=stage.weight_decay)
+    step, spent = 0, 0.0
+    average = {k: t.clone() for k, t in _weights(stage).items()} if stage.ema else {}
     if partial.exists():
         state = torch.load(partial, weights_only=True)
         _load(stage, state["weights"])
@@ -83,7 +84,8 @@ def run_stage(stage: Stage, folder: Path, log: Log = print) -> dict[str, Tensor]
         log(f"{stage.name}: going on from step {step}")
     for module in stage.modules.values():
         module.train()
-    started, means, last_log = time.monotonic() - spent, {}, step
+    started, last_log = time.monotonic() - spent, step
+    means: dict[str, float] = {}
     while step < stage.steps:
         elapsed = time.monotonic() - started
         progress = max(step / stage.steps, elapsed / stage.seconds if stage.seconds else 0.0)
