@@ -7,6 +7,8 @@ embedding).
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from lit_personalize.adapters.protocol import Adapter, AdapterWeights
@@ -62,7 +64,7 @@ class TokenEmbedding(Adapter):
             rows = row.detach().float().expand(self.vectors, -1)
             self.add_factor(f"{_encoder(i)}:{self.token}", rows)
             self.register_buffer(f"initial_{i}", rows.clone(), persistent=False)
-            base.added_rows[i].add(lambda i=i: self.rows(i))
+            base.added_rows[i].add(partial(self.rows, i))
         base.vectors_of_token[self.token] = self.vectors
         self.attached = True
 

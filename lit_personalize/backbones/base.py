@@ -257,7 +257,7 @@ class StableDiffusionXL(Base):
         return {"text_embeds": conditioning.pooled.to(self.dtype), "time_ids": conditioning.time_ids.to(self.device)}
 
 
-def _pool_at_end_token(encoder: nn.Module, tokenizer: Any) -> None:
+def _pool_at_end_token(encoder: Any, tokenizer: Any) -> None:
     """Pool at the tokenizer's end token.
 
     Published configs carry `eos_token_id = 2`, which makes transformers pool at the largest id: with

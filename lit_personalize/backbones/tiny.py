@@ -55,7 +55,7 @@ def write_tiny_base(folder: Path, family: Family = "sd1", seed: int = 0) -> Path
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
             prediction_type="v_prediction" if family == "sd2-v" else "epsilon",
         ).save_pretrained(folder / "scheduler")  # fmt: skip
-    listed = {
+    listed: dict[str, Any] = {
         "_class_name": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline",
         "_diffusers_version": "0.42.0",
         "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
@@ -65,10 +65,10 @@ def write_tiny_base(folder: Path, family: Family = "sd1", seed: int = 0) -> Path
     if xl:
         listed["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
         listed["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
-        listed["force_zeros_for_empty_prompt"] = False  # type: ignore[assignment]
+        listed["force_zeros_for_empty_prompt"] = False
     else:
-        listed.update({"safety_checker": [None, None], "feature_extractor": [None, None]})  # type: ignore[dict-item]
-        listed["requires_safety_checker"] = False  # type: ignore[assignment]
+        listed.update({"safety_checker": [None, None], "feature_extractor": [None, None]})
+        listed["requires_safety_checker"] = False
     (folder / "model_index.json").write_text(json.dumps(listed, indent=2), encoding="utf-8")
     return folder
 

@@ -8,6 +8,7 @@ combinations are kept away from the base: its test captions are combinations it 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -76,7 +77,7 @@ def split_of(scene: Scene) -> Literal["train", "test"]:
     return "test" if held else "train"
 
 
-def _choose(rng: np.random.Generator, items) -> str:
+def _choose(rng: np.random.Generator, items: Iterable[str]) -> str:
     items = tuple(items)
     return items[int(rng.integers(len(items)))]
 
