@@ -56,6 +56,11 @@ def directory(folder: Path, step: int) -> Path:
     return Path(folder) / f"step-{step:08d}"
 
 
+def staged(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` stands while it is being written."""
+    return Path(folder) / f"{_STAGED}{step:08d}"
+
+
 def published(folder: Path) -> list[tuple[int, Path]]:
     """Step and directory of every published checkpoint, oldest first, unchecked."""
     entries = Path(folder).iterdir() if Path(folder).is_dir() else iter(())
@@ -84,12 +89,15 @@ def publish(
     Raises:
         PublishError: The disk is full or failed, or a whole checkpoint of this step exists.
     """
-    staged = stage(folder, step, needed_bytes=needed_bytes)
+    place = stage(folder, step, needed_bytes=needed_bytes)
     try:
-        fill(staged)
+        fill(place)
     except OSError as error:
         discard(folder, step)
-        raise _unwritten(folder, step, error) from error
+        raise unwritten(folder, step, error) from error
+    except BaseException:
+        discard(folder, step)
+        raise
     return seal(folder, step, details=details)
 
 
@@ -99,11 +107,11 @@ def stage(folder: Path, step: int, *, needed_bytes: int = 0) -> Path:
     Raises:
         PublishError: See `publish`.
     """
-    final, staged = directory(folder, step), Path(folder) / f"{_STAGED}{step:08d}"
+    final, place = directory(folder, step), staged(folder, step)
     if final.exists() and not problems(final):
         raise PublishError(f"{final} is already published and is never overwritten; use another run name")
     try:
-        staged.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(folder)
         free = shutil.disk_usage(folder).free
         if free < needed_bytes:
@@ -111,10 +119,10 @@ def stage(folder: Path, step: int, *, needed_bytes: int = 0) -> Path:
                 f"checkpoint of step {step} needs {_mebibytes(needed_bytes)}, {folder} has {_mebibytes(free)} free: "
                 "make room or lower keep_last; earlier checkpoints are intact"
             )
-        staged.mkdir()
+        place.mkdir()
     except OSError as error:
-        raise _unwritten(folder, step, error) from error
-    return staged
+        raise unwritten(folder, step, error) from error
+    return place
 
 
 def seal(folder: Path, step: int, *, details: dict[str, Any] | None = None) -> Path:
@@ -124,35 +132,35 @@ def seal(folder: Path, step: int, *, details: dict[str, Any] | None = None) -> P
         PublishError: See `publish`.
     """
     folder = Path(folder)
-    final, staged = directory(folder, step), folder / f"{_STAGED}{step:08d}"
+    final, place = directory(folder, step), staged(folder, step)
     try:
-        for path in sorted(staged.rglob("*"), reverse=True):
+        for path in sorted(place.rglob("*"), reverse=True):
             atomic.flush(path)
         mark = {
             "format": FORMAT,
             "step": step,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "files": {str(path.relative_to(staged)): _describe(path) for path in _files(staged)},
+            "files": {str(path.relative_to(place)): _describe(path) for path in _files(place)},
             "versions": {name: _version(name) for name in _PACKAGES},
             **(details or {}),
         }
         if not mark["files"]:
-            raise ValueError(f"nothing was written into {staged}")
-        atomic.write_text(staged / MARK, json.dumps(mark, indent=1, sort_keys=True) + "\n")
+            raise ValueError(f"nothing was written into {place}")
+        atomic.write_text(place / MARK, json.dumps(mark, indent=1, sort_keys=True) + "\n")
         if final.exists():  # `stage` let it pass, so it is damaged
             os.rename(final, folder / f"{_DAMAGED}{step:08d}")
-        os.rename(staged, final)
+        os.rename(place, final)
         atomic.flush(folder)
         shutil.rmtree(folder / f"{_DAMAGED}{step:08d}", ignore_errors=True)
     except OSError as error:
         discard(folder, step)
-        raise _unwritten(folder, step, error) from error
+        raise unwritten(folder, step, error) from error
     return final
 
 
 def discard(folder: Path, step: int) -> None:
     """Remove what `stage` made for `step`."""
-    shutil.rmtree(Path(folder) / f"{_STAGED}{step:08d}", ignore_errors=True)
+    shutil.rmtree(staged(folder, step), ignore_errors=True)
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -266,7 +274,8 @@ def _mebibytes(size: int) -> str:
     return f"{size / 2**20:.1f} MiB"
 
 
-def _unwritten(folder: Path, step: int, error: OSError) -> PublishError:
+def unwritten(folder: Path, step: int, error: OSError) -> PublishError:
+    """The error for a step that the disk did not take."""
     reason = error.strerror or str(error)
     return PublishError(
         f"checkpoint of step {step} was not written to {folder}: {reason}; "

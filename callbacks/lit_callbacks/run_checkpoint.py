@@ -1,0 +1,233 @@
+"""Publish checkpoints at optimizer-step boundaries: every so many steps, at the end, and on Ctrl-C."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+
+from lit_callbacks.direct_checkpoint_io import DirectCheckpointIO
+from lit_personalize import atomic, checkpoints
+from lit_personalize.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+
+class RunCheckpoint(Callback):
+    """Keep the run resumable.
+
+    A full disk costs a message and the next try comes `every` steps later; only at the end of training it is an
+    error. State that is not finite is never published. Ctrl-C (once) and SIGTERM save at the next step boundary.
+
+    Args:
+        folder: `checkpoints/` of the run.
+        every: Optimizer steps between two checkpoints.
+        keep_last: Newest checkpoints that stay.
+        best_metric: Logged metric whose best checkpoint stays too, named by the file `best`; log it every `every` steps.
+        mode: Whether the best is the lowest or the highest.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        every: int = 250,
+        keep_last: int = 3,
+        best_metric: str | None = None,
+        mode: Literal["min", "max"] = "max",
+    ):
+        if every < 1 or keep_last < 1:
+            raise UsageError(f"every and keep_last must be at least 1, not {every} and {keep_last}")
+        if mode not in ("min", "max"):
+            raise UsageError(f"mode must be min or max, not {mode!r}")
+        self.folder = Path(folder)
+        self.every = every
+        self.keep_last = keep_last
+        self.best_metric = best_metric
+        self.mode = mode
+        self.best: dict[str, Any] | None = None
+        self.interrupted = False
+        """Whether training was ended by a signal, after saving."""
+        self.last_saved: int | None = None
+        """Step of the newest checkpoint that this process published or resumed from."""
+        self._boundary = 0
+        self._stop = False
+        self._previous_handler: Any = None
+
+    # ---- hooks ------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Run after all other callbacks, so that their state is that of the finished step."""
+        trainer.callbacks = [*(c for c in trainer.callbacks if c is not self), self]  # type: ignore[attr-defined]
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = DirectCheckpointIO()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse to train beside newer checkpoints, and listen for Ctrl-C."""
+        self._boundary = trainer.global_step
+        self._stop = self.interrupted = False
+        if trainer.is_global_zero:
+            checkpoints.clear_leftovers(self.folder)
+        found = checkpoints.find_complete(self.folder)
+        if found is not None and found.step > trainer.global_step:
+            raise UsageError(
+                f"{self.folder} holds a checkpoint of step {found.step}, but this training starts at step "
+                f"{trainer.global_step}: resume from {found.path.name} or choose another run name"
+            )
+        self.last_saved = found.step if found is not None and found.step == trainer.global_step else None
+        if threading.current_thread() is threading.main_thread():
+            self._previous_handler = signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if the optimizer has just stepped and a save is due or asked for."""
+        if trainer.global_step == self._boundary:
+            return  # gradients are still being accumulated
+        self._boundary = step = trainer.global_step
+        stop = self._agree(trainer, self._stop or trainer.received_sigterm)
+        if stop or step % self.every == 0 or step == trainer.max_steps:
+            self.save(trainer)
+        if self._stop and stop:
+            self.interrupted = True
+            raise KeyboardInterrupt
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the last step if it is not saved yet; here a full disk is an error."""
+        self._restore_handler()
+        if self.last_saved != trainer.global_step:
+            self.save(trainer, final=True)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give Ctrl-C back; an exception inside a step leaves nothing that could be saved."""
+        self._restore_handler()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    # ---- saving -----------------------------------------------------------------------------------
+
+    def save(self, trainer: pl.Trainer, final: bool = False) -> Path | None:
+        """Publish the present state on all ranks together; None if that was not possible.
+
+        Raises:
+            PublishError: The disk is full and `final` is set.
+        """
+        step = trainer.global_step
+        if step == self.last_saved:
+            return checkpoints.directory(self.folder, step)
+        if not self._agree(trainer, is_finite(trainer), unanimous=True):
+            log.error("step %d: adapters or optimizer state are not finite, no checkpoint is written", step)
+            return None
+        best_before = self.best
+        self._note_best(trainer)
+        try:
+            path = self._publish(trainer, step)
+        except checkpoints.PublishError as error:
+            self.best = best_before
+            if final:
+                raise
+            log.error("%s; training goes on, next try in %d steps", error, self.every)
+            return None
+        self.last_saved = step
+        if trainer.is_global_zero:
+            if self.best is not None and self.best["step"] == step:
+                text = f"{path.name} {self.best['metric']}={self.best['value']:.6g}\n"
+                atomic.write_text(self.folder / "best", text)
+            checkpoints.prune(self.folder, self.keep_last, keep=[self.best["step"]] if self.best else [])
+        return path
+
+    def _publish(self, trainer: pl.Trainer, step: int) -> Path:
+        """Let rank 0 make the directory, all ranks fill it, and rank 0 publish it; errors reach every rank."""
+
+        def on_rank_zero(action: Any) -> None:
+            message = ""
+            if trainer.is_global_zero:
+                try:
+                    action()
+                except checkpoints.PublishError as error:
+                    message = str(error)
+            if message := trainer.strategy.broadcast(message):
+                raise checkpoints.PublishError(message)
+
+        on_rank_zero(lambda: checkpoints.stage(self.folder, step, needed_bytes=self._needed_bytes(trainer)))
+        staged = checkpoints.staged(self.folder, step)
+        failure: OSError | None = None
+        try:
+            trainer.save_checkpoint(staged / checkpoints.STATE)
+        except OSError as error:
+            failure = error
+            trainer.strategy.barrier("Trainer.save_checkpoint")  # the one that the error jumped over
+
+        def seal() -> None:
+            if failure is not None:
+                checkpoints.discard(self.folder, step)
+                raise checkpoints.unwritten(self.folder, step, failure) from failure
+            checkpoints.seal(self.folder, step)
+
+        on_rank_zero(seal)
+        return checkpoints.directory(self.folder, step)
+
+    def _needed_bytes(self, trainer: pl.Trainer) -> int:
+        """Size of the newest checkpoint, or what adapters, two moments and an average will take."""
+        if earlier := checkpoints.published(self.folder):
+            return int(1.05 * checkpoints.size_of(earlier[-1][1]))
+        return 4 * sum(t.nbytes for t in trainer.lightning_module.state_dict().values() if isinstance(t, Tensor))
+
+    def _note_best(self, trainer: pl.Trainer) -> None:
+        """Remember this step if its metric is the best so far; done before saving, so that the state knows."""
+        if self.best_metric is None or self.best_metric not in trainer.callback_metrics:
+            return
+        value = float(trainer.callback_metrics[self.best_metric])
+        sign = 1 if self.mode == "max" else -1
+        if math.isfinite(value) and (self.best is None or sign * value > sign * self.best["value"]):
+            self.best = {"step": trainer.global_step, "metric": self.best_metric, "value": value}
+
+    # ---- signals ----------------------------------------------------------------------------------
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Ask for a save at the next step boundary; a second Ctrl-C ends at once, without saving."""
+        if self._stop:
+            raise KeyboardInterrupt
+        self._stop = True
+        log.warning("Ctrl-C: saving after this step; press it again to stop at once without saving")
+
+    def _restore_handler(self) -> None:
+        if self._previous_handler is not None and signal.getsignal(signal.SIGINT) == self._on_interrupt:
+            signal.signal(signal.SIGINT, self._previous_handler)
+        self._previous_handler = None
+
+    @staticmethod
+    def _agree(trainer: pl.Trainer, flag: bool, unanimous: bool = False) -> bool:
+        """Whether any rank (or all of them) says so; one small all-reduce where there are several."""
+        return flag if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(flag, all=unanimous)
+
+
+def is_finite(trainer: pl.Trainer) -> bool:
+    """Whether every trained parameter and every optimizer state of this rank is finite."""
+    total = torch.zeros((), device=trainer.strategy.root_device)
+    for tensor in _floating(trainer):
+        total = total + (~torch.isfinite(tensor)).any().to(total)
+    return float(total) == 0
+
+
+def _floating(trainer: pl.Trainer) -> Iterator[Tensor]:
+    for parameter in trainer.lightning_module.parameters():
+        if parameter.requires_grad:
+            yield parameter.detach()
+    for optimizer in trainer.optimizers:
+        for state in optimizer.state.values():
+            yield from (v for v in state.values() if isinstance(v, Tensor) and v.is_floating_point())
