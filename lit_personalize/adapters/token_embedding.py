@@ -55,7 +55,7 @@ class TokenEmbedding(Adapter):
         initial = [self._initial_row(encoder, tokenizer) for encoder, tokenizer in pairs]
         for tokenizer in base.tokenizers:
             vocabulary = tokenizer.get_vocab()
-            if taken := [t for t in self.tokens if t in vocabulary]:
+            if taken := [t for t in self.tokens if t in vocabulary or f"{t.lower()}</w>" in vocabulary]:
                 raise UsageError(f"token {taken[0]!r} is already in the vocabulary of {base.source}; choose another")
         base.register(self)
         for i, row in enumerate(initial):

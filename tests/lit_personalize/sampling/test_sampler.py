@@ -1,0 +1,68 @@
+"""Sampling: equal to the stock pipelines, independent of batching, guidance off and on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lit_personalize.adapters.lora import LoRA
+from lit_personalize.backbones.loading import load_base
+from lit_personalize.sampling.sampler import SamplingOptions, generate, start_noise
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2-v", "sdxl"])
+def test_draws_what_the_stock_pipeline_draws(tiny_bases: dict[str, Path], family: str) -> None:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    base = load_base(tiny_bases[family])
+    options = SamplingOptions(steps=4, guidance=3.0)
+    kind = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
+    pipe = kind.from_pretrained(tiny_bases[family], local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DDIMScheduler.from_config(
+        pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    )
+    if family == "sdxl":
+        pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer.eos_token_id
+    side = {"height": 32, "width": 32}
+    stock = pipe("a photo of a cat", negative_prompt="", num_inference_steps=4, guidance_scale=3.0,
+                 latents=start_noise(base, [7]), output_type="np", **side).images[0]  # fmt: skip
+    ours = generate(base, ["a photo of a cat"], [7], options=options)[0]
+    assert np.abs(ours / 255.0 - stock).max() <= 1 / 255 + 1e-6
+
+
+def test_a_picture_does_not_depend_on_its_batch(tiny_bases: dict[str, Path]) -> None:
+    base = load_base(tiny_bases["sd1"])
+    prompts, seeds = ["a cat", "a dog", "a toy"], [1, 2, 3]
+    together = generate(base, prompts, seeds, options=SamplingOptions(steps=3, batch_size=3))
+    alone = generate(base, prompts, seeds, options=SamplingOptions(steps=3, batch_size=1))
+    assert np.abs(together.astype(int) - alone.astype(int)).max() <= 1
+    assert not np.array_equal(together[0], together[1])
+
+
+def test_adapters_apply_only_when_named(tiny_bases: dict[str, Path]) -> None:
+    base = load_base(tiny_bases["sd1"])
+    options = SamplingOptions(steps=2, guidance=1.0)
+    before = generate(base, ["a cat"], [0], options=options)
+    adapter = LoRA(rank=2)
+    adapter.attach(base)
+    with torch.no_grad():
+        for factor in adapter.factors.values():
+            factor.add_(0.5)
+    assert np.array_equal(generate(base, ["a cat"], [0], options=options), before)
+    assert not np.array_equal(generate(base, ["a cat"], [0], [adapter], options), before)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm", "euler"])
+def test_schedulers_give_finite_pictures(tiny_bases: dict[str, Path], scheduler: str) -> None:
+    base = load_base(tiny_bases["sd2-v"])
+    picture = generate(base, ["a cat"], [0], options=SamplingOptions(steps=3, scheduler=scheduler))  # type: ignore[arg-type]
+    assert picture.shape == (1, 32, 32, 3) and picture.std() > 0
+
+
+def test_prompts_and_seeds_must_match(tiny_bases: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match="2 prompts and 1 seeds"):
+        generate(load_base(tiny_bases["sd1"]), ["a", "b"], [0])
