@@ -73,11 +73,15 @@ class AdapterEma(Callback):
         finally:
             _copy(before, trained)
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Store the averages where exporters find them."""
         checkpoint[AVERAGED] = {name: value.clone() for name, value in self.shadow.items()}
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Take the averages back; a run that had none begins one at the resumed step."""
         self.shadow = {name: value.clone() for name, value in checkpoint.get(AVERAGED, {}).items()}
 

@@ -34,7 +34,7 @@ class RunCheckpoint(Callback):
         folder: `checkpoints/` of the run.
         every: Optimizer steps between two checkpoints.
         keep_last: Newest checkpoints that stay.
-        best_metric: Logged metric whose best checkpoint stays too, named by the file `best`; log it every `every` steps.
+        best_metric: Metric whose best checkpoint stays too, named by the file `best`; log it every `every` steps.
         mode: Whether the best is the lowest or the highest.
     """
 

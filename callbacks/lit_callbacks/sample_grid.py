@@ -137,7 +137,9 @@ class SampleGrid(Callback):
                     raise
                 _free_memory()
                 self.options = replace(self.options, batch_size=1)
-                log.warning("step %d: out of memory while sampling; from now on one picture at a time", trainer.global_step)
+                log.warning(
+                    "step %d: out of memory while sampling; from now on one picture at a time", trainer.global_step
+                )
                 return generate(base, prompts, seeds, adapters, self.options, self.resolution)
 
     def _warn_of_black(self, pictures: np.ndarray, step: int) -> None:
@@ -172,7 +174,7 @@ class SampleGrid(Callback):
 
     def _to_loggers(self, trainer: pl.Trainer, grid: Image.Image, step: int) -> None:
         for logger in trainer.loggers:
-            experiment = getattr(logger, "experiment", None)
+            experiment: Any = getattr(logger, "experiment", None)
             if hasattr(experiment, "add_image"):
                 experiment.add_image("samples", np.asarray(grid), step, dataformats="HWC")
 
