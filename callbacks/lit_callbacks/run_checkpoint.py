@@ -7,6 +7,7 @@ import math
 import signal
 import threading
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -63,6 +64,7 @@ class RunCheckpoint(Callback):
         self._boundary = 0
         self._stop = False
         self._previous_handler: Any = None
+        self._loops: dict[str, Any] | None = None
 
     # ---- hooks ------------------------------------------------------------------------------------
 
@@ -95,6 +97,7 @@ class RunCheckpoint(Callback):
         if trainer.global_step == self._boundary:
             return  # gradients are still being accumulated
         self._boundary = step = trainer.global_step
+        self._loops = deepcopy(trainer.fit_loop.state_dict()) if trainer.is_last_batch else None
         stop = self._agree(trainer, self._stop or trainer.received_sigterm)
         if stop or step % self.every == 0 or step == trainer.max_steps:
             self.save(trainer)
@@ -107,6 +110,16 @@ class RunCheckpoint(Callback):
         self._restore_handler()
         if self.last_saved != trainer.global_step:
             self.save(trainer, final=True)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """After the last epoch, store the loops as they were after its last batch.
+
+        Lightning gives a loader its position back only from a state taken inside an epoch.
+        """
+        if self._loops is not None:
+            checkpoint["loops"]["fit_loop"] = self._loops
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give Ctrl-C back; an exception inside a step leaves nothing that could be saved."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,13 @@ def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[in
 
 
 @pytest.fixture(scope="module")
-def in_process() -> Callable[..., int]:
+def in_process() -> Iterator[Callable[..., int]]:
     """Run a function in a fresh process; imports are paid for once. Returns its exit code."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tiny_training"])
+    patch = pytest.MonkeyPatch()
+    # The server imports before it is told this process's path.
+    patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
 
     def run(target: Callable[..., None], *arguments: Any) -> int:
         process = context.Process(target=target, args=arguments)
@@ -44,7 +49,8 @@ def in_process() -> Callable[..., int]:
             pytest.fail(f"{target.__name__} hung")
         return process.exitcode
 
-    return run
+    yield run
+    patch.undo()
 
 
 @pytest.mark.parametrize("split", [1, 4, 5, 6])
@@ -55,6 +61,14 @@ def test_split_run_is_the_undisturbed_run(base: Path, tmp_path: Path, undisturbe
     trainer, module = train(base, tmp_path, STEPS, every=100, resume=True)
     assert trainer.global_step == STEPS and module.draws == STEPS
     assert_same(state(tmp_path, STEPS), undisturbed[STEPS])
+
+
+def test_finished_run_stays_as_it_is(base: Path, tmp_path: Path, undisturbed: Any) -> None:
+    train(base, tmp_path, STEPS, every=100)
+    written = (checkpoints.directory(tmp_path / "checkpoints", STEPS) / checkpoints.MARK).read_bytes()
+    trainer, module = train(base, tmp_path, STEPS, every=100, resume=True)
+    assert trainer.global_step == module.draws == STEPS
+    assert (checkpoints.directory(tmp_path / "checkpoints", STEPS) / checkpoints.MARK).read_bytes() == written
 
 
 def test_training_changes_what_is_compared(undisturbed: Any) -> None:
@@ -73,15 +87,19 @@ def test_split_inside_an_accumulation_epoch(base: Path, tmp_path: Path) -> None:
 
 
 def test_run_of_epochs_goes_on(base: Path, tmp_path: Path) -> None:
-    """A run that ended with an epoch is resumed for another one."""
+    """A run that ended with an epoch is resumed for another one; a finished one stays as it is."""
     train(base, tmp_path / "whole", -1, max_epochs=2, every=100)
     train(base, tmp_path / "parts", -1, max_epochs=1, every=100)
     trainer, _ = train(base, tmp_path / "parts", -1, max_epochs=2, every=100, resume=True)
     assert trainer.global_step == 10
     assert_same(state(tmp_path / "parts", 10), state(tmp_path / "whole", 10))
+    trainer, _ = train(base, tmp_path / "parts", -1, max_epochs=2, every=100, resume=True)
+    assert trainer.global_step == 10
 
 
-@pytest.mark.parametrize(("where", "step", "left"), [("between", 5, 4), ("in the file", 4, 2), ("before the rename", 6, 4)])
+@pytest.mark.parametrize(
+    ("where", "step", "left"), [("between", 5, 4), ("in the file", 4, 2), ("before the rename", 6, 4)]
+)
 def test_killed_run_goes_on_as_if_nothing_had_happened(
     base: Path, tmp_path: Path, undisturbed: Any, in_process: Any, where: str, step: int, left: int
 ) -> None:

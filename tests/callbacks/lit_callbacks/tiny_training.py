@@ -1,4 +1,4 @@
-"""A training of some tenths of a second per step: LoRA and a new token on a tiny random base, with a stateful loader."""
+"""A training of tenths of a second a step: LoRA and a new token on a tiny random base, with a stateful loader."""
 
 from __future__ import annotations
 
@@ -124,13 +124,24 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
 
 def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
     """Everything that training goes on from is equal to the bit."""
-    for key in ("state_dict", checkpoints.AVERAGED, "optimizer_states", "lr_schedulers", "litp", "global_step", "callbacks"):
+    for key in (
+        "state_dict",
+        checkpoints.AVERAGED,
+        "optimizer_states",
+        "lr_schedulers",
+        "litp",
+        "global_step",
+        "callbacks",
+    ):
         left, right = flat(a[key]), flat(b[key])
         assert left.keys() == right.keys(), key
         for name in left:
             equal = torch.equal(left[name], right[name]) if torch.is_tensor(left[name]) else left[name] == right[name]
             assert equal, f"{key}{name}: {left[name]} is not {right[name]}"
-    assert a["loops"]["fit_loop"]["state_dict"]["combined_loader"] == b["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    assert (
+        a["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+        == b["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    )
 
 
 # ---- bodies of processes that tests start ------------------------------------------------------------
