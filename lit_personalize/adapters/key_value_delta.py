@@ -1,18 +1,18 @@
 """Full-matrix changes of cross-attention (Custom Diffusion, Kumari et al., 2022, arXiv 2212.04488, sec. 3.2).
 
 W = W0 + Δ with a trained fp32 Δ that starts at zero, for `to_k` and `to_v` of every `attn2` (or all
-four matrices). The sum is formed once a step in the base's dtype and shadows the layer's weight;
-the base's own parameters and state dict are never touched.
+four matrices). The sum is formed once a step and stands in for the layer's weight (`shadow.py`).
 """
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lit_personalize.adapters.protocol import Adapter, AdapterWeights
+from lit_personalize.adapters.shadow import WeightShadow, linear_layers
 from lit_personalize.backbones.base import Base
 from lit_personalize.errors import UsageError
 
@@ -23,14 +23,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
 
 
 def select_layers(unet: nn.Module, which: str) -> dict[str, nn.Linear]:
-    """Linear layers of a UNet by stock path, in module order, whose path ends in one of `LAYERS[which]`.
-
-    Layers that PEFT wrapped count under their own path.
-    """
+    """Linear layers of a UNet by stock path, in module order, whose path ends in one of `LAYERS[which]`."""
     if which not in LAYERS:
         raise UsageError(f"unknown layers {which!r}; use one of {', '.join(LAYERS)}")
-    linears = ((p.removesuffix(".base_layer"), m) for p, m in unet.named_modules() if isinstance(m, nn.Linear))
-    return {path: module for path, module in linears if path.endswith(LAYERS[which])}
+    return {path: linear for path, linear in linear_layers(unet).items() if path.endswith(LAYERS[which])}
 
 
 class KeyValueDelta(Adapter):
@@ -57,9 +53,6 @@ class KeyValueDelta(Adapter):
     def attach(self, base: Base, seed: int = 0) -> None:
         if self.attached:
             return
-        for adapter in base.adapters:
-            if isinstance(adapter, KeyValueDelta):
-                raise UsageError(f"{adapter.name!r} and {self.name!r} both replace cross-attention weights; keep one")
         base.register(self)
         for path, linear in select_layers(base.unet, self.which).items():
             layer = f"unet.{path}"
@@ -73,19 +66,12 @@ class KeyValueDelta(Adapter):
 
     def refresh(self, dtype: torch.dtype) -> None:
         for layer, linear in self._linears.items():
-            self._shadow(linear, (_frozen(linear) + self.factor(layer)).to(dtype) if self.active else None)
-
-    @staticmethod
-    def _shadow(linear: nn.Linear, weight: Tensor | None) -> None:
-        """Let `linear.weight` read as `weight`; None shows the frozen parameter again."""
-        linear.__dict__.pop("weight", None)
-        if weight is not None:
-            linear.__dict__["weight"] = weight
+            WeightShadow.of(linear).set(self.name, self.factor(layer) if self.active else None)
 
     def set_active(self, active: bool) -> None:
         if active != self.active:
             self.active = active
-            self.refresh(_frozen(next(iter(self._linears.values()))).dtype)
+            self.refresh(torch.float32)
 
     def layers(self) -> list[str]:
         return list(self._linears)
@@ -95,8 +81,3 @@ class KeyValueDelta(Adapter):
 
     def export_weights(self) -> AdapterWeights:
         return AdapterWeights(dense={n: self.factor(n).detach().float().cpu().clone() for n in self.layers()})
-
-
-def _frozen(linear: nn.Linear) -> Tensor:
-    """The registered parameter, whatever `weight` shows at the moment."""
-    return cast(Tensor, linear._parameters["weight"])

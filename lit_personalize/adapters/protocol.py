@@ -34,6 +34,12 @@ class LowRank:
         """ΔW `[out, in]`."""
         return (self.alpha / self.rank) * (self.up @ self.down)
 
+    def concatenate(self, other: LowRank) -> LowRank:
+        """The exact sum of two changes: ranks stand side by side, scales are multiplied into `up`."""
+        ups = [f.up * (f.alpha / f.rank) for f in (self, other)]
+        rank = self.rank + other.rank
+        return LowRank(torch.cat([self.down, other.down]), torch.cat(ups, dim=1), float(rank))
+
 
 @dataclass
 class AdapterWeights:
@@ -44,6 +50,13 @@ class AdapterWeights:
     """ΔW `[out, in]` of layers without low-rank structure."""
     tokens: dict[str, list[Tensor]] = field(default_factory=dict)
     """Token name -> one `[n, d]` per text encoder."""
+
+    def deltas(self) -> dict[str, Tensor]:
+        """ΔW `[out, in]` of every changed layer; low-rank and dense changes of one layer add up."""
+        total = {layer: factors.delta() for layer, factors in self.low_rank.items()}
+        for layer, dense in self.dense.items():
+            total[layer] = total[layer] + dense if layer in total else dense
+        return total
 
     def merge(self, other: AdapterWeights) -> AdapterWeights:
         """Both sets together; a layer or token in both is an error."""

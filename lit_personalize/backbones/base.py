@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,6 +57,7 @@ class Base(nn.Module):
         scheduler: Any,
         fingerprint: str,
         source: str = "",
+        config: str | Path | None = None,
     ):
         super().__init__()
         self.unet = unet
@@ -66,6 +68,7 @@ class Base(nn.Module):
         self.schedule = NoiseSchedule.of_scheduler(scheduler)
         self.fingerprint = fingerprint
         self.source = source
+        self.config = config
         self.requires_grad_(False)
         self.eval()
         self.processors: dict[str, AttentionProcessor] = install(unet)

@@ -60,13 +60,21 @@ def load_base(
     """
     path = resolve(base)
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    parts = _parts_of_directory(path, dtype) if path.is_dir() else _parts_of_file(path, config, dtype)
+    parts = parts_of(base, config, dtype)
     family = StableDiffusionXL if len(parts["text_encoders"]) == 2 else StableDiffusion
     if vae_dtype is None:
         vae_dtype = torch.float32 if family is StableDiffusionXL and dtype == torch.float16 else dtype
     parts["vae"].to(DTYPES[vae_dtype] if isinstance(vae_dtype, str) else vae_dtype)
-    built = family(**parts, fingerprint=fingerprint_of(path), source=str(base))
+    built = family(**parts, fingerprint=fingerprint_of(path), source=str(base), config=config)
     return built.to(device)
+
+
+def parts_of(
+    base: str | Path, config: str | Path | None = None, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """Stock modules of a base by part: unet, vae, text_encoders, tokenizers, scheduler."""
+    path = resolve(base)
+    return _parts_of_directory(path, dtype) if path.is_dir() else _parts_of_file(path, config, dtype)
 
 
 def _parts_of_directory(path: Path, dtype: torch.dtype) -> dict[str, Any]:

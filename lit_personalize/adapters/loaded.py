@@ -1,0 +1,85 @@
+"""An adapter read from files, for sampling: frozen low-rank and dense changes, and token rows."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lit_personalize.adapters.protocol import Adapter, AdapterWeights
+from lit_personalize.adapters.shadow import WeightShadow, device_of, linear_layers
+from lit_personalize.backbones.base import Base
+from lit_personalize.errors import DataError
+
+
+class LoadedAdapter(Adapter):
+    """Weights from `export.loading.read_adapter`, applied with a strength.
+
+    Args:
+        scale: Multiplies every ΔW; token rows are used as they are.
+    """
+
+    def __init__(self, weights: AdapterWeights, name: str = "loaded", scale: float = 1.0):
+        super().__init__(name)
+        self.weights = weights
+        self.scale = scale
+        self._deltas = weights.deltas()
+        self._shadows: dict[str, WeightShadow] = {}
+
+    def attach(self, base: Base, seed: int = 0) -> None:
+        """Apply to a base.
+
+        Raises:
+            DataError: A layer does not exist in the base or has another shape.
+        """
+        if self.attached:
+            return
+        components = base.components()
+        linears = {f"{c}.{p}": m for c, module in components.items() for p, m in linear_layers(module).items()}
+        for layer in self.layers():
+            shape = self.delta(layer).shape
+            if layer not in linears:
+                raise DataError(f"adapter {self.name!r} changes {layer}, which base {base.source} does not have")
+            if shape != linears[layer].weight.shape:
+                raise DataError(
+                    f"adapter {self.name!r} was made for another base: {layer} is {tuple(shape)}, "
+                    f"base {base.source} has {tuple(linears[layer].weight.shape)}"
+                )
+        for token, rows in self.weights.tokens.items():
+            widths = [added.width for added in base.added_rows]
+            if [r.shape[1] for r in rows] != widths:
+                raise DataError(f"token {token} has widths {[r.shape[1] for r in rows]}, base {base.source} {widths}")
+        base.register(self)
+        self._shadows = {layer: WeightShadow.of(linears[layer]) for layer in self.layers()}
+        for token, rows in self.weights.tokens.items():
+            names = [token, *(f"{token}_{i}" for i in range(1, len(rows[0])))]
+            for i, tokenizer in enumerate(base.tokenizers):
+                if tokenizer.add_tokens(names) != len(names):
+                    raise DataError(f"token {token} is already in the vocabulary of base {base.source}")
+                base.added_rows[i].add(partial(self._rows, token, i))
+            base.vectors_of_token[token] = len(rows[0])
+        self.attached = True
+        self.refresh(base.dtype)
+
+    def _rows(self, token: str, encoder: int) -> Tensor:
+        return self.weights.tokens[token][encoder]
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        for layer, shadow in self._shadows.items():
+            delta = self.scale * self.delta(layer).to(device_of(shadow.linear)) if self.active else None
+            shadow.set(self.name, delta)
+
+    def set_active(self, active: bool) -> None:
+        if active != self.active:
+            self.active = active
+            self.refresh(torch.float32)
+
+    def layers(self) -> list[str]:
+        return list(self._deltas)
+
+    def delta(self, layer: str) -> Tensor:
+        return self._deltas[layer]
+
+    def export_weights(self) -> AdapterWeights:
+        return self.weights

@@ -1,0 +1,60 @@
+"""What verbs share in talking to people: logs on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+PLACES = {
+    "README.md": "model card with sample pictures",
+    "exports": "adapter files and what verification found",
+    "samples/grid.png": "prompts by training step",
+    "sheet.png": "crops and captions that the model saw",
+    "manifest.jsonl": "the fate of every input file",
+    "config.yaml": "the resolved configuration",
+    "metrics.csv": "loss and speed by step",
+    "checkpoints": "resumable states",
+}
+
+
+def configure_logging() -> None:
+    """Send our messages to stderr, one line each; keep libraries to warnings."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    for name in ("lit_personalize", "lit_callbacks", "lit_datamodules"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    for name in ("diffusers", "transformers", "torch.distributed", "lightning", "deepspeed", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def where_things_are(folder: Path, stream: TextIO) -> None:
+    """A table of the run's files that exist."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"run {folder}", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for place, text in PLACES.items():
+        if (folder / place).exists():
+            table.add_row(str(folder / place), text)
+    Console(file=stream).print(table)
+
+
+def emit(value: dict[str, Any], as_json: bool) -> None:
+    """Print a flat report: JSON, or one `key  value` line each."""
+    if as_json:
+        print(json.dumps(value, indent=2))
+        return
+    width = max(map(len, value), default=0)
+    for key, item in value.items():
+        print(f"{key:<{width}}  {item}")

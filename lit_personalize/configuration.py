@@ -1,0 +1,171 @@
+"""From YAML files and dotted overrides to one checked configuration.
+
+LightningCLI's own parser and file shape (`model`, `data`, `trainer` with `class_path` and
+`init_args`), plus the keys of a run. Later files win over earlier ones, the command line over files;
+an unknown key or a wrong type is one clear `UsageError`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lit_personalize.adapters.key_value_delta import KeyValueDelta
+from lit_personalize.adapters.lora import LoRA
+from lit_personalize.adapters.token_embedding import TokenEmbedding
+from lit_personalize.errors import UsageError
+from lit_personalize.objectives.denoising import Denoising
+from lit_personalize.objectives.prior_preservation import PriorPreservation
+
+RECIPES = Path(__file__).parent / "recipes"
+# Imported by name so that YAML may use short class names; this package does not depend on it.
+DATA_CLASSES = ("lit_datamodules.personalization:PersonalizationData",)
+
+
+@dataclass
+class Sampling:
+    """Pictures drawn while training."""
+
+    prompts: list[str] = field(default_factory=list)
+    """Rows of the sample grid; empty draws none."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1])
+    every: int = 250
+    """Optimizer steps between two columns; step 0 is always drawn."""
+    steps: int = 25
+    """Denoising steps."""
+    guidance: float = 6.0
+
+
+@dataclass
+class Checkpointing:
+    """When the run is saved."""
+
+    every: int = 250
+    keep_last: int = 3
+
+
+@dataclass
+class Exporting:
+    """What is written at the end."""
+
+    formats: list[Literal["diffusers", "kohya", "delta", "pipeline"]] = field(
+        default_factory=lambda: ["diffusers", "kohya"]  # type: ignore[arg-type]
+    )
+    verify: bool = True
+    """Reload every file through the stock client and compare."""
+    license: str = ""
+    """Licence named on the model card."""
+
+
+def recipe_path(name: str) -> Path:
+    """A configuration file: a path, or a shipped recipe such as "custom_diffusion/tinyworld"."""
+    for candidate in (Path(name), RECIPES / f"{name}.yaml", RECIPES / name):
+        if candidate.is_file():
+            return candidate
+    known = recipe_names()
+    close = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {close[0]!r}?" if close else f"recipes: {', '.join(known)}"
+    raise UsageError(f"no configuration file or recipe {name!r}; {hint}")
+
+
+def recipe_names() -> list[str]:
+    return sorted(p.relative_to(RECIPES).with_suffix("").as_posix() for p in RECIPES.rglob("*.yaml"))
+
+
+def build_parser() -> LightningArgumentParser:
+    """The parser of `litp fit`."""
+    for entry in DATA_CLASSES:
+        importlib.import_module(entry.partition(":")[0])
+    parser = LightningArgumentParser(prog="litp fit", exit_on_error=False, description="Train adapters on a base.")
+    parser.add_argument("-c", "--config", action="config", help="YAML file or recipe name; may be repeated")
+    parser.add_argument("--name", type=str, required=True, help="name of the run; its directory is <root>/<name>")
+    parser.add_argument("--root", type=str, default="runs", help="folder of run directories")
+    parser.add_argument("--resume", type=Literal["auto", "never", "must"], default="auto", help="continue a run")
+    parser.add_argument("--ema", type=float | None, default=None, help="decay of the average of the adapters")
+    parser.add_class_arguments(Sampling, "sampling")
+    parser.add_class_arguments(Checkpointing, "checkpoint")
+    parser.add_class_arguments(Exporting, "export")
+    parser.add_lightning_class_args(Denoising, "model", subclass_mode=True)
+    parser.add_lightning_class_args(pl.LightningDataModule, "data", subclass_mode=True)
+    parser.add_class_arguments(
+        pl.Trainer, "trainer", instantiate=False, fail_untyped=False, skip={"default_root_dir", "enable_checkpointing"}
+    )
+    parser.set_defaults({"trainer.max_steps": 500, "trainer.logger": None, "trainer.enable_model_summary": False})
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> tuple[LightningArgumentParser, Namespace]:
+    """Parse command-line arguments (with `-c` files) into a checked configuration.
+
+    Raises:
+        UsageError: An unknown key, a wrong type, a missing value.
+    """
+    parser = build_parser()
+    try:
+        return parser, parser.parse_args(_with_paths(arguments))
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise UsageError(explain(str(error))) from error
+
+
+def _with_paths(arguments: Sequence[str]) -> list[str]:
+    """Replace recipe names behind -c by their paths."""
+    out: list[str] = []
+    expect = False
+    for argument in arguments:
+        if expect:
+            out.append(str(recipe_path(argument)))
+        elif argument.startswith(("--config=", "-c=")):
+            flag, _, name = argument.partition("=")
+            out.append(f"{flag}={recipe_path(name)}")
+        else:
+            out.append(argument)
+        expect = not expect and argument in ("-c", "--config")
+    return out
+
+
+def known_keys() -> set[str]:
+    """Every option name that a configuration may contain, for suggestions."""
+    classes: list[Any] = [Denoising, PriorPreservation, LoRA, KeyValueDelta, TokenEmbedding, pl.Trainer]
+    classes += [Sampling, Checkpointing, Exporting]
+    for entry in DATA_CLASSES:
+        module = importlib.import_module(entry.partition(":")[0])
+        classes += [m for _, m in inspect.getmembers(module, inspect.isclass) if m.__module__.startswith("lit_")]
+    names = {"name", "root", "resume", "ema", "model", "data", "trainer", "sampling", "checkpoint", "export"}
+    for kind in classes:
+        names |= {p for p in inspect.signature(kind.__init__).parameters if p not in ("self", "args", "kwargs")}
+    return names
+
+
+UNKNOWN = (
+    re.compile(r"[Kk]ey '?\"?([\w.]+)'?\"? is not expected"),
+    re.compile(r"[Uu]nrecognized arguments: --([\w.]+)"),
+    re.compile(r"Group '.*?' does not accept (?:nested )?key '([\w.]+)'"),
+    re.compile(r"No action for key \"([\w.]+)\""),
+    re.compile(r"does not accept nested key '([\w.]+)'"),
+)
+
+
+def explain(message: str) -> str:
+    """One sentence for a parser's report: the key, what is wrong, and the nearest known key."""
+    for pattern in UNKNOWN:
+        if match := pattern.search(message):
+            key = match[1]
+            return f"unknown key {key!r}{suggestion(key, known_keys())}"
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
+    useful = [line for line in lines if not line.startswith(("Expected a NoneType", "Does not validate against any"))]
+    return " ".join(dict.fromkeys(useful[:4])) or message
+
+
+def suggestion(key: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key.rpartition(".")[2], sorted(known), 1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,78 @@
+"""Write adapter files: diffusers/PEFT LoRA, kohya LoRA, learned embeddings, dense deltas. safetensors only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+from lit_personalize import __version__, atomic
+from lit_personalize.adapters.protocol import LowRank
+from lit_personalize.export import keys
+
+FORMAT_VERSION = "1"
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Write whole or not at all; every file names its format version."""
+    stamped = {"format": "pt", "litp.version": __version__, "litp.format_version": FORMAT_VERSION, **metadata}
+    atomic.write_bytes(path, save({k: t.contiguous() for k, t in tensors.items()}, metadata=stamped))
+    return path
+
+
+def diffusers_lora(low_rank: Mapping[str, LowRank]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Keys of `load_lora_weights` and PEFT, with alpha folded into B.
+
+    Clients that do not read the metadata assume alpha = rank: so that is what the file says, and
+    s = alpha / rank is multiplied into `lora_B`.
+    """
+    tensors: dict[str, Tensor] = {}
+    described: dict[str, object] = {}
+    for component in dict.fromkeys(keys.split(layer)[0] for layer in low_rank):
+        own = {layer: f for layer, f in low_rank.items() if keys.split(layer)[0] == component}
+        # Without `text_model.`: as an ending it fits flattened and nested text encoders alike.
+        ranks = {keys.split(layer)[1].removeprefix("text_model."): f.rank for layer, f in own.items()}
+        most = max(set(ranks.values()), key=list(ranks.values()).count)
+        others = {path: rank for path, rank in ranks.items() if rank != most}
+        described |= {
+            f"{component}.peft_type": "LORA", f"{component}.r": most, f"{component}.lora_alpha": most,
+            f"{component}.rank_pattern": others, f"{component}.alpha_pattern": others,
+            f"{component}.target_modules": sorted(ranks), f"{component}.lora_dropout": 0.0,
+            f"{component}.bias": "none", f"{component}.use_rslora": False, f"{component}.use_dora": False,
+        }  # fmt: skip
+        for layer, factors in own.items():
+            name = keys.portable(layer)
+            tensors[f"{name}.lora_A.weight"] = factors.down
+            tensors[f"{name}.lora_B.weight"] = factors.up * (factors.alpha / factors.rank)
+    return tensors, {"lora_adapter_metadata": json.dumps(described, sort_keys=True)}
+
+
+def kohya_lora(low_rank: Mapping[str, LowRank], two_encoders: bool) -> dict[str, Tensor]:
+    """kohya's keys with the adapter's alpha as a scalar tensor.
+
+    One alpha for the whole file, the commonest: diffusers loses the others (its pattern of alphas
+    matches no layer). A layer that was trained with another one has the ratio multiplied into `up`.
+    """
+    tensors: dict[str, Tensor] = {}
+    alphas = [factors.alpha for factors in low_rank.values()]
+    alpha = max(dict.fromkeys(alphas), key=alphas.count)
+    for layer, factors in low_rank.items():
+        name = keys.kohya(layer, two_encoders)
+        tensors[f"{name}.lora_down.weight"] = factors.down
+        tensors[f"{name}.lora_up.weight"] = factors.up * (factors.alpha / alpha)
+        tensors[f"{name}.alpha"] = factors.down.new_tensor(alpha)
+    return tensors
+
+
+def learned_embeds(token: str, rows: list[Tensor]) -> dict[str, Tensor]:
+    """`{token: [n, d]}` for one text encoder, `{clip_l, clip_g}` for SDXL's two."""
+    if len(rows) == 2:
+        return {"clip_l": rows[0], "clip_g": rows[1]}
+    return {token: rows[0]}
+
+
+def dense_deltas(dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{keys.portable(layer)}.delta": delta for layer, delta in dense.items()}

@@ -1,0 +1,192 @@
+"""`fit`: from a configuration to a run directory with checkpoints, samples and verified exports.
+
+The same call again continues the run by its name. Checkpoints, the non-finite guard, progress and
+the manifest are always on; a user's `trainer.callbacks` are added to them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from jsonargparse import Namespace
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from lit_personalize import checkpoints
+from lit_personalize.adapters.protocol import AdapterWeights
+from lit_personalize.configuration import parse
+from lit_personalize.errors import UsageError
+from lit_personalize.export.card import write_card
+from lit_personalize.export.exporter import Exported, export
+from lit_personalize.export.verify import verify
+from lit_personalize.objectives.denoising import Denoising
+from lit_personalize.run_directory import RunDirectory
+from lit_personalize.sampling.sampler import SamplingOptions, generate
+
+log = logging.getLogger(__name__)
+
+
+def fit(arguments: Sequence[str]) -> RunDirectory:
+    """Train, export and verify; `arguments` are those of `litp fit`.
+
+    Raises:
+        UsageError: The configuration, or another owner of the run.
+        DataError: An input.
+        KeyboardInterrupt: After saving.
+    """
+    parser, config = parse(arguments)
+    run = RunDirectory(config.root, config.name).create()
+    with run.lock():
+        # The parser writes what it resolved, so that the file alone repeats the run.
+        run.write_text("config.yaml", parser.dump(config.clone(), skip_validation=True))
+        run.write_command()
+        run.write_env()
+        built = parser.instantiate_classes(config)
+        train(built, run)
+        export_run(built, run)
+    return run
+
+
+def _load(path: str, **options: Any) -> Any:
+    """Instantiate a class by its path: callbacks stand above this package and are named, not imported."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)(**options)
+
+
+def callbacks_of(built: Namespace, run: RunDirectory) -> list[pl.Callback]:
+    """The callbacks that every run has, then the user's."""
+    chosen = [
+        _load("lit_callbacks.non_finite_guard.NonFiniteGuard"),
+        _load("lit_callbacks.throughput.Throughput"),
+        _load("lit_callbacks.progress.Progress"),
+    ]
+    if built.ema is not None:
+        chosen.append(_load("lit_callbacks.adapter_ema.AdapterEma", decay=built.ema))
+    sampling = built.sampling
+    if sampling.prompts:
+        chosen.append(
+            _load(
+                "lit_callbacks.sample_grid.SampleGrid", folder=run.samples, prompts=sampling.prompts,
+                seeds=sampling.seeds, every=sampling.every, steps=sampling.steps, guidance=sampling.guidance,
+            )
+        )  # fmt: skip
+    saved = built.checkpoint
+    chosen.append(
+        _load(
+            "lit_callbacks.run_checkpoint.RunCheckpoint", folder=run.checkpoints, every=saved.every,
+            keep_last=saved.keep_last,
+        )
+    )  # fmt: skip
+    return [*chosen, *(built.trainer.callbacks or [])]
+
+
+def build_trainer(built: Namespace, run: RunDirectory) -> pl.Trainer:
+    """A Lightning trainer with the run's callbacks and loggers; other options are the user's."""
+    options = dict(vars(built.trainer))
+    options["callbacks"] = callbacks_of(built, run)
+    if options.get("logger") is None:
+        options["logger"] = [
+            CSVLogger(str(run.path), name="", version=""),
+            TensorBoardLogger(str(run.path), name="", version=""),
+        ]
+    if "SLURM_NTASKS" in os.environ and not options.get("plugins"):
+        from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+        # Preemption is handled by a flag at the step boundary, not inside a signal handler.
+        options["plugins"] = [SLURMEnvironment(auto_requeue=False)]
+    return pl.Trainer(**options, default_root_dir=str(run.path), enable_checkpointing=False)
+
+
+def prepare_data(built: Namespace, run: RunDirectory) -> None:
+    """Bind the base's encoders to the data module, read everything, write manifest and sheet."""
+    objective: Denoising = built.model
+    data: Any = built.data
+    objective.configure_model()
+    base = objective.built
+    if hasattr(data, "bind"):
+
+        def draw(captions: Sequence[str], seeds: Sequence[int]) -> Any:
+            options = SamplingOptions(built.sampling.steps, built.sampling.guidance)
+            return generate(base, list(captions), list(seeds), None, options, data.resolution)
+
+        data.bind(base, base, draw, base.fingerprint)
+    try:
+        data.setup("fit")
+    finally:
+        if hasattr(data, "write_manifest"):
+            data.write_manifest(run.manifest)
+    if hasattr(data, "write_sheet"):
+        data.write_sheet(run.sheet)
+
+
+def train(built: Namespace, run: RunDirectory) -> None:
+    """Fit from the newest complete checkpoint, or from the start."""
+    found = checkpoints.find_complete(run.checkpoints)
+    for reason in found.skipped if found else ():
+        log.warning("passed over a checkpoint: %s", reason)
+    if found and built.resume == "never":
+        raise UsageError(f"{run.path} already has a checkpoint of step {found.step}; use resume: auto or another name")
+    if not found and built.resume == "must":
+        raise UsageError(f"{run.path} has no complete checkpoint to resume from")
+    steps = built.trainer.max_steps
+    if found and found.step >= steps:
+        log.info("run %s has finished its %d steps", run.name, steps)
+        built.model.configure_model()
+        return
+    prepare_data(built, run)
+    if found:
+        log.info("run %s: resumed at step %d of %d", run.name, found.step, steps)
+    _quiet_lightning()
+    trainer = build_trainer(built, run)
+    keeper = next(c for c in trainer.callbacks if type(c).__name__ == "RunCheckpoint")  # type: ignore[attr-defined]
+    try:
+        start = str(found.state) if found else None
+        trainer.fit(built.model, datamodule=built.data, ckpt_path=start, weights_only=True)
+    except SystemExit as exit_:  # Lightning turns Ctrl-C into an exit of its own
+        if keeper.interrupted:
+            raise KeyboardInterrupt(f"saved at step {keeper.last_saved}; the same command continues") from exit_
+        raise
+
+
+def _quiet_lightning() -> None:
+    """Leave out Lightning's notices that do not apply to a run with its own cursor and checkpoints."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*Experiment logs directory .* exists.*")
+    warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def weights_of(objective: Denoising, state: dict[str, Any] | None = None) -> AdapterWeights:
+    """What the adapters of an objective export, from a checkpoint's tensors if given."""
+    if state is not None:
+        objective.load_state_dict(state)
+    merged = AdapterWeights()
+    for adapter in objective.trained:
+        merged = merged.merge(adapter.export_weights())
+    return merged
+
+
+def export_run(built: Namespace, run: RunDirectory) -> list[Exported]:
+    """Export the newest complete checkpoint in the asked formats, verify each file, write the model card."""
+    found = checkpoints.find_complete(run.checkpoints)
+    if found is None:
+        raise UsageError(f"{run.path} has no complete checkpoint to export")
+    objective: Denoising = built.model
+    objective.configure_model()
+    weights = weights_of(objective, checkpoints.load_state(found.path, averaged=built.ema is not None))
+    details = {"objective": type(objective).__name__, "steps": found.step, "run": run.name}
+    files = export(weights, run.exports, objective.built, run.name, built.export.formats, details)
+    report = None
+    if built.export.verify:
+        prompts = built.sampling.prompts or ["a photo"]
+        report = verify(files, objective.built, weights, prompt=prompts[0])
+        run.write_text("exports/verify.json", report.to_json())
+    write_card(run, objective.built, weights, files, built.sampling.prompts, report, built.export.license)
+    return files
