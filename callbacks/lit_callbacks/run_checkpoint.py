@@ -97,7 +97,7 @@ class RunCheckpoint(Callback):
         if trainer.global_step == self._boundary:
             return  # gradients are still being accumulated
         self._boundary = step = trainer.global_step
-        self._loops = deepcopy(trainer.fit_loop.state_dict()) if trainer.is_last_batch else None
+        self._loops = deepcopy(trainer.fit_loop.state_dict())
         stop = self._agree(trainer, self._stop or trainer.received_sigterm)
         if stop or step % self.every == 0 or step == trainer.max_steps:
             self.save(trainer)
@@ -114,12 +114,17 @@ class RunCheckpoint(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """After the last epoch, store the loops as they were after its last batch.
+        """Store the loops as they were at the step boundary, also when the epoch has been closed since.
 
-        Lightning gives a loader its position back only from a state taken inside an epoch.
+        Lightning gives a loader its position back only from a state taken inside an epoch. And after a resume at
+        the end of an epoch it counts the next one as not begun: a state stored then would train one too many.
         """
         if self._loops is not None:
             checkpoint["loops"]["fit_loop"] = self._loops
+            for counts in self._loops["epoch_progress"].values():
+                counts.update(
+                    ready=counts["processed"] + 1, started=counts["processed"] + 1, completed=counts["processed"]
+                )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give Ctrl-C back; an exception inside a step leaves nothing that could be saved."""

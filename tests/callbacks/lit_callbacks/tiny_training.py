@@ -94,10 +94,11 @@ def train(
     if callbacks is None:
         saving = RunCheckpoint(run / "checkpoints", every=every, keep_last=keep_last)
         callbacks = [saving, AdapterEma(0.9), NonFiniteGuard(), Throughput()]
+    watched = any(isinstance(c, pl.callbacks.ProgressBar) for c in callbacks)
     options = {"max_steps": steps, "max_epochs": -1, **trainer_options}
     trainer = pl.Trainer(
         logger=False, enable_checkpointing=False, callbacks=callbacks, accelerator="cpu", devices=1,
-        enable_model_summary=False, enable_progress_bar=False, plugins=[LightningEnvironment()], **options,
+        enable_model_summary=False, enable_progress_bar=watched, plugins=[LightningEnvironment()], **options,
     )  # fmt: skip
     found = checkpoints.find_complete(run / "checkpoints") if resume else None
     trainer.fit(module, loader, ckpt_path=str(found.state) if found else None, weights_only=True)
