@@ -26,8 +26,8 @@ from lit_personalize.adapters.token_embedding import TokenEmbedding
 from lit_personalize.errors import UsageError
 from lit_personalize.objectives.denoising import Denoising
 from lit_personalize.objectives.prior_preservation import PriorPreservation
+from lit_personalize.recipe_files import RECIPES, names
 
-RECIPES = Path(__file__).parent / "recipes"
 # Imported by name so that YAML may use short class names; this package does not depend on it.
 DATA_CLASSES = ("lit_datamodules.personalization:PersonalizationData",)
 
@@ -72,14 +72,10 @@ def recipe_path(name: str) -> Path:
     for candidate in (Path(name), RECIPES / f"{name}.yaml", RECIPES / name):
         if candidate.is_file():
             return candidate
-    known = recipe_names()
+    known = names()
     close = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {close[0]!r}?" if close else f"recipes: {', '.join(known)}"
     raise UsageError(f"no configuration file or recipe {name!r}; {hint}")
-
-
-def recipe_names() -> list[str]:
-    return sorted(p.relative_to(RECIPES).with_suffix("").as_posix() for p in RECIPES.rglob("*.yaml"))
 
 
 def build_parser() -> LightningArgumentParser:
@@ -140,10 +136,10 @@ def known_keys() -> set[str]:
     for entry in DATA_CLASSES:
         module = importlib.import_module(entry.partition(":")[0])
         classes += [m for _, m in inspect.getmembers(module, inspect.isclass) if m.__module__.startswith("lit_")]
-    names = {"name", "root", "resume", "ema", "model", "data", "trainer", "sampling", "checkpoint", "export"}
+    found = {"name", "root", "resume", "ema", "model", "data", "trainer", "sampling", "checkpoint", "export"}
     for kind in classes:
-        names |= {p for p in inspect.signature(kind.__init__).parameters if p not in ("self", "args", "kwargs")}
-    return names
+        found |= {p for p in inspect.signature(kind.__init__).parameters if p not in ("self", "args", "kwargs")}
+    return found
 
 
 UNKNOWN = (

@@ -1,0 +1,39 @@
+"""`litp data check|sheet`: what a configuration's pictures and captions become."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="litp data", description="Check or show the training data of a configuration.")
+    verbs = parser.add_subparsers(dest="what", required=True, metavar="check|sheet")
+    for name, text in (("check", "read every file and count what is used"), ("sheet", "draw the first training views")):
+        verb = verbs.add_parser(name, help=text)
+        verb.add_argument("-c", "--config", action="append", required=True, help="YAML file or recipe; may be repeated")
+        verb.add_argument("--json", action="store_true")
+        verb.add_argument("-o", "--output", type=Path, default=Path("sheet.png" if name == "sheet" else "manifest.jsonl"))
+    options = parser.parse_args(arguments)
+    from lit_personalize.cli.console import configure_logging, emit
+
+    configure_logging()
+    from lit_personalize.configuration import parse
+
+    given = [part for config in options.config for part in ("-c", config)]
+    parser_, config = parse(given)
+    del config["model"]  # reading pictures needs no base
+    data = parser_.instantiate_classes(config).data
+    try:
+        data.setup("fit")
+    finally:
+        if options.what == "check":
+            data.write_manifest(options.output)
+    if options.what == "sheet":
+        data.write_sheet(options.output)
+        print(options.output)
+        return 0
+    fates = Counter(record.fate for record in data.records)
+    emit({"files": len(data.records), **fates, "manifest": str(options.output)}, options.json)
+    return 0

@@ -1,0 +1,33 @@
+"""`litp export`: write the files of a run again, in other formats."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="litp export", description="Export a run's newest complete checkpoint.")
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--formats", nargs="+", default=["diffusers", "kohya"], help="diffusers kohya delta pipeline")
+    parser.add_argument("--no-verify", action="store_true")
+    options = parser.parse_args(arguments)
+    from lit_personalize.cli.console import configure_logging, where_things_are
+    from lit_personalize.errors import DataError
+
+    if not (options.run / "config.yaml").is_file():
+        raise DataError(f"{options.run} is not a run directory: it has no config.yaml")
+    configure_logging()
+    from lit_personalize.configuration import parse
+    from lit_personalize.fitting import export_run
+    from lit_personalize.run_directory import RunDirectory
+
+    parser_, config = parse(["-c", str(options.run / "config.yaml")])
+    config.export.formats = options.formats
+    config.export.verify = not options.no_verify
+    run = RunDirectory(options.run.parent, options.run.name)
+    with run.lock():
+        export_run(parser_.instantiate_classes(config), run)
+    where_things_are(run.path, sys.stdout)
+    return 0

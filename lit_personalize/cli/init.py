@@ -1,0 +1,88 @@
+"""`litp init`: a commented run.yaml for a folder of pictures. Asks nothing."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+METHODS = {
+    "custom_diffusion": ("PriorPreservation", True, "photo of a {token} {class}"),
+    "textual_inversion": ("Denoising", False, "object"),
+    "dreambooth_lora": ("PriorPreservation", True, "photo of a {token} {class}"),
+    "lora": ("Denoising", False, "photo of a {class}"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="litp init", description="Write a run.yaml for a folder of pictures.")
+    parser.add_argument("--images", type=Path, required=True, help="folder with the pictures of one concept")
+    parser.add_argument("--class-noun", required=True, help="what it is, in one word: cat")
+    parser.add_argument("--method", choices=METHODS, default="custom_diffusion")
+    parser.add_argument("--base", default="tinyworld", help='diffusers directory, single file, or "tinyworld"')
+    parser.add_argument("--token", default="<new1>", help="new word for the concept")
+    parser.add_argument("--regularization", default="", help="shards, a folder, or a number of pictures to generate")
+    parser.add_argument("--name", default="", help="name of the run; default: the folder's name")
+    parser.add_argument("--steps", type=int, default=0, help="optimizer steps; default: the recipe's")
+    parser.add_argument("-o", "--output", type=Path, default=Path("run.yaml"))
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    options = build_parser().parse_args(arguments)
+    from lit_personalize.errors import DataError, UsageError
+
+    if not options.images.is_dir():
+        raise DataError(f"folder {options.images} does not exist; --images names a folder of pictures")
+    if options.output.exists():
+        raise UsageError(f"{options.output} exists; choose another file with -o, or remove it")
+    options.output.write_text(
+        run_yaml(
+            options.method, options.base, options.images, options.class_noun, options.token,
+            options.regularization, options.name or options.images.resolve().name, options.steps,
+        ),
+        encoding="utf-8",
+    )  # fmt: skip
+    print(options.output)
+    print(f"next: litp fit -c {options.output}", file=sys.stderr)
+    return 0
+
+
+def run_yaml(
+    method: str, base: str, images: Path, class_noun: str, token: str, regularization: str, name: str, steps: int = 0
+) -> str:
+    """The text of a configuration that `litp fit` accepts."""
+    from lit_personalize.recipe_files import base_key, recipe_text
+
+    needs_token = method != "lora"
+    subject = f"{token} {class_noun}" if needs_token else class_noun
+    lines = [
+        f"# {method.replace('_', ' ')} on {base}. Run it with: litp fit -c FILE (the same command continues).",
+        f"name: {name}",
+        *recipe_text(method, base_key(base), base, token, class_noun).splitlines(),
+    ]
+    text = "\n".join(lines)
+    concept = [f"path: {images}", f"class_noun: {class_noun}", f'prompt: "{METHODS[method][2]}"']
+    if needs_token:
+        concept.insert(2, f"token: {token}")
+    block = "      - {" + ", ".join(concept) + "}"
+    text = text.replace("    concepts: []", f"    concepts:\n{block}")
+    if METHODS[method][1]:
+        chosen = _regularization(regularization, class_noun)
+        text = text.replace("    resolution:", f"    regularization:\n      - {chosen}\n    resolution:", 1)
+    photo = f"photo of a {subject}"
+    prompts = [photo, f"{photo} on the beach", f"{photo} on a blue background"]
+    text = text.replace("sampling: {", f"sampling: {{prompts: [{', '.join(prompts)}], ")
+    if steps:
+        import re
+
+        text = re.sub(r"max_steps: \d+", f"max_steps: {steps}", text)
+    return text + "\n"
+
+
+def _regularization(given: str, class_noun: str) -> str:
+    if not given or given.isdigit():
+        return f'{{generate: {given or 100}, prompt: "photo of a {class_noun}"}}'
+    if given.endswith(".tar"):
+        return f'{{shards: "{given}"}}'
+    return f'{{folder: {given}, prompt: "photo of a {class_noun}"}}'

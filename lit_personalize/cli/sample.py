@@ -1,0 +1,56 @@
+"""`litp sample`: draw pictures with a base and adapter files."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="litp sample", description="Draw pictures with a base and adapters.")
+    parser.add_argument("prompts", nargs="+", help="one picture per prompt and seed")
+    parser.add_argument("--base", default="tinyworld", help='diffusers directory, single file, or "tinyworld"')
+    parser.add_argument("--base-config", default=None, help="configs and tokenizers of a single-file base")
+    parser.add_argument("--adapter", action="append", default=[], metavar="FILE|FOLDER[@SCALE]", help="may be repeated")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance", type=float, default=6.0)
+    parser.add_argument("--negative", default="")
+    parser.add_argument("--scheduler", choices=("ddim", "dpm", "euler"), default="ddim")
+    parser.add_argument("--resolution", type=int, default=None)
+    parser.add_argument("--force", action="store_true", help="accept an adapter that was made for another base")
+    parser.add_argument("-o", "--output", type=Path, default=Path("samples"), help="folder for pictures and grid.png")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    options = build_parser().parse_args(arguments)
+    from lit_personalize.cli.console import configure_logging
+
+    configure_logging()
+    from PIL import Image
+
+    from lit_personalize.backbones.loading import load_base
+    from lit_personalize.export.loading import load_adapter
+    from lit_personalize.sampling.sampler import SamplingOptions, generate
+    from lit_personalize.tinyworld.card import captioned_grid
+
+    base = load_base(options.base, config=options.base_config)
+    adapters = []
+    for entry in options.adapter:
+        path, _, scale = entry.rpartition("@") if "@" in entry else (entry, "", "1")
+        folder = Path(path) / "exports" if (Path(path) / "exports").is_dir() else Path(path)
+        adapters.append(load_adapter(folder, base, float(scale), options.force))
+    prompts = [p for p in options.prompts for _ in options.seeds]
+    seeds = options.seeds * len(options.prompts)
+    how = SamplingOptions(options.steps, options.guidance, options.negative, options.scheduler)
+    pictures = generate(base, prompts, seeds, adapters, how, options.resolution)
+    options.output.mkdir(parents=True, exist_ok=True)
+    for i, pixels in enumerate(pictures):
+        path = options.output / f"{i // len(options.seeds):02d}_{seeds[i]}.png"
+        Image.fromarray(pixels).save(path)
+        print(path)
+    zoom = max(1, 256 // pictures.shape[1])
+    captioned_grid(pictures, prompts, len(options.seeds), zoom).save(options.output / "grid.png")
+    print(options.output / "grid.png")
+    return 0

@@ -1,0 +1,37 @@
+"""`litp verify`: reload adapter files through the stock client and compare."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="litp verify", description="Reload adapter files through stock diffusers and compare factors and a picture."
+    )
+    parser.add_argument("files", type=Path, nargs="+", help="adapter files, or one run directory")
+    parser.add_argument("--base", default="tinyworld", help='diffusers directory, single file, or "tinyworld"')
+    parser.add_argument("--base-config", default=None)
+    parser.add_argument("--prompt", default="a photo")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    from lit_personalize.cli.console import configure_logging
+
+    configure_logging()
+    from lit_personalize.backbones.loading import load_base
+    from lit_personalize.export.verify import exported_of, verify
+
+    paths: list[Path] = []
+    for path in options.files:
+        folder = path / "exports" if (path / "exports").is_dir() else path
+        paths += sorted(folder.glob("*.safetensors")) if folder.is_dir() else [path]
+    report = verify(exported_of(paths), load_base(options.base, config=options.base_config), prompt=options.prompt)
+    if options.json:
+        print(report.to_json(), end="")
+        return 0
+    for item in report.files:
+        print(f"{item.file}: {item.kind}, {item.layers} layers, largest relative error {item.largest_error:.1e}")
+    if report.picture_difference is not None:
+        print(f"stock pipeline and our sampler differ by at most {report.picture_difference:.4f} per pixel")
+    return 0

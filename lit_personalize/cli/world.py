@@ -1,0 +1,67 @@
+"""`litp world render|build|card`: pictures of the embedded world, and its base."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="litp world", description="The embedded world.")
+    verbs = parser.add_subparsers(dest="what", required=True, metavar="render|build|card")
+    render = verbs.add_parser("render", help="write pictures with captions, as a folder or as WebDataset shards")
+    render.add_argument("-o", "--output", type=Path, required=True)
+    render.add_argument("--count", type=int, default=100)
+    render.add_argument("--seed", type=int, default=0)
+    render.add_argument("--kind", choices=("object", "pair", "critter", "person", "sign"), default=None)
+    render.add_argument("--population", choices=("base", "all"), default="base", help="all: with held-out attributes")
+    render.add_argument("--split", choices=("train", "test"), default="train")
+    render.add_argument("--subject", default=None, help="pictures of one held-out subject instead")
+    render.add_argument("--shards", action="store_true", help="tar shards instead of a folder")
+    render.add_argument("--size", type=int, default=64)
+    build = verbs.add_parser("build", help="train the embedded base from nothing; resumable")
+    build.add_argument("-o", "--output", type=Path, required=True)
+    build.add_argument("--budget", default=None, help="wall-clock limit: 90s, 150m, 2.5h")
+    card = verbs.add_parser("card", help="measure a built world and write its card")
+    card.add_argument("world", type=Path)
+    card.add_argument("--docs", type=Path, default=None, help="folder for picture and table")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    options = build_parser().parse_args(arguments)
+
+    def log(message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+
+    if options.what == "render":
+        _render(options)
+    elif options.what == "build":
+        from lit_personalize.tinyworld.build import build
+
+        print(build(options.output, options.budget, log=log))
+    else:
+        from lit_personalize.tinyworld.card import table, write_card
+
+        print(table(write_card(options.world, options.docs, log=log)))
+    return 0
+
+
+def _render(options: argparse.Namespace) -> None:
+    from lit_personalize.tinyworld import dataset
+
+    if options.subject:
+        from lit_personalize.tinyworld.concepts import subject_pictures
+
+        pictures = subject_pictures(options.subject, options.count, options.seed)
+    else:
+        pictures = dataset.sample_pictures(
+            options.count, options.seed, options.split, options.population, options.kind, options.size
+        )
+    if options.shards:
+        for path in dataset.write_shards(pictures, options.output, seed=options.seed):
+            print(path)
+    else:
+        dataset.write_folder(pictures, options.output, seed=options.seed)
+        print(options.output)

@@ -1,0 +1,39 @@
+"""Shipped recipes as text, and which one fits a base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lit_personalize.errors import UsageError
+
+RECIPES = Path(__file__).parent / "recipes"
+BASES = ("tinyworld", "sd15", "sd21", "sdxl")
+
+
+def base_key(base: str) -> str:
+    """The recipe family of a base: by the class and text width of a diffusers directory, else by name."""
+    if base in BASES:
+        return base
+    index = Path(base) / "model_index.json"
+    if not index.is_file():
+        return "sdxl" if "xl" in base.lower() else "sd15"
+    if "XL" in json.loads(index.read_text(encoding="utf-8"))["_class_name"]:
+        return "sdxl"
+    unet = json.loads((Path(base) / "unet" / "config.json").read_text(encoding="utf-8"))
+    return "sd21" if unet.get("cross_attention_dim") == 1024 else "sd15"
+
+
+def recipe_text(method: str, key: str, base: str, token: str, class_noun: str) -> str:
+    """A recipe's YAML without its head comment, with base and token filled in."""
+    path = RECIPES / method / f"{key}.yaml"
+    if not path.is_file():
+        raise UsageError(f"there is no recipe {method}/{key}; recipes: {', '.join(names())}")
+    body = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    init = class_noun if key != "tinyworld" else "ktn"
+    text = "\n".join(body).replace("<new1>", token).replace("init: CLASS", f"init: {init}")
+    return "\n".join(f"    base: {base}" if line.startswith("    base: ") else line for line in text.splitlines())
+
+
+def names() -> list[str]:
+    return sorted(p.relative_to(RECIPES).with_suffix("").as_posix() for p in RECIPES.rglob("*.yaml"))
