@@ -1,15 +1,15 @@
-"""Errors about input data; the message names the file and the fix. `exit_code` is the command line's."""
+"""Errors that a user can mend; the message names the file or option and the fix. `exit_code` is the command line's."""
 
 from __future__ import annotations
 
 
 class DataError(Exception):
-    """A missing, empty or damaged input."""
+    """A missing, empty, damaged or changed input."""
 
     exit_code = 3
 
 
 class DataOptionError(Exception):
-    """Options of a data module that cannot work together."""
+    """A wrong option of a data module, or options that cannot work together."""
 
     exit_code = 2

@@ -5,22 +5,39 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from lit_datamodules.errors import DataError
+from lit_datamodules.image_files import natural_key
+
+Fate = Literal["used", "skipped", "ignored"]
+
 
 @dataclass(frozen=True)
 class Record:
-    """One input file."""
+    """One input file, or one sample of a shard (`shard.tar:key`).
+
+    `skipped` is what should have been used and could not be; `ignored` is what is no input at all.
+    """
 
     path: str
-    fate: Literal["used", "skipped"]
+    fate: Fate
     reason: str = ""
+    role: str = ""
+    """"concept", "held out" or "regularization"."""
     concept: str = ""
     width: int = 0
     height: int = 0
+    mode: str = ""
     sha256: str = ""
+    crop: tuple[int, int, int, int] | None = None
+    """Left, top, right, bottom in the upright picture; None where it is drawn at every step."""
+    resize: int = 0
+    """Side in pixels to which the crop is resized, before any augmentation."""
     caption: str = ""
     caption_source: str = ""
 
@@ -29,8 +46,53 @@ def sha256_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def write_manifest(records: list[Record], path: Path) -> None:
-    """Write `manifest.jsonl` whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-    os.replace(temporary, path)
+def ignore_rest(folder: Path, seen: Iterable[str]) -> list[Record]:
+    """Records for everything in `folder` that no record names yet."""
+    names = set(seen)
+    records = []
+    for path in sorted(folder.iterdir(), key=lambda p: natural_key(p.name)):
+        if str(path) not in names:
+            if path.is_dir():
+                reason = "a folder; only files directly in the given folder are read"
+            elif path.name.startswith("."):
+                reason = "hidden"
+            elif path.suffix.lower() == ".txt":
+                reason = "no picture has this name"
+            else:
+                reason = "not a jpg, png or webp file"
+            records.append(Record(str(path), "ignored", reason))
+    return records
+
+
+def check_skipped(records: Sequence[Record], strict: bool, max_skipped: int) -> None:
+    """Refuse unusable inputs: any of them if `strict`, else more than `max_skipped`.
+
+    Raises:
+        DataError: It lists them with their reasons.
+    """
+    skipped = [record for record in records if record.fate == "skipped"]
+    if not skipped or (not strict and len(skipped) <= max_skipped):
+        return
+    shown = [f"  {record.reason}" for record in skipped[:10]]
+    if len(skipped) > len(shown):
+        shown.append(f"  and {len(skipped) - len(shown)} more, see the manifest")
+    noun = "input" if len(skipped) == 1 else "inputs"
+    allowed = "" if strict else f", {max_skipped} may be skipped (data.max_skipped)"
+    fix = "mend or remove them, or set data.strict to false to go on without" if strict else "mend or remove them"
+    raise DataError("\n".join([f"{len(skipped)} {noun} cannot be used{allowed}; {fix}:", *shown]))
+
+
+def write_manifest(records: Sequence[Record], path: Path) -> None:
+    """Write `manifest.jsonl`, all or nothing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()

@@ -1,34 +1,98 @@
-"""Which sample stands where: pure functions of (seed, step), the same for any number of workers."""
+"""Which samples make batch k: pure functions of (seed, k), the same for any number of workers or ranks.
+
+Instances and regularization pictures are two endless streams. A stream walks through epochs, each in
+an order of its own; batch k takes the next places of both. Nothing is drawn from a global generator.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 
+INSTANCE, PRIOR = 0, 1  # values of the trainer's `Role`
+Mixing = Literal["interleaved", "joint"]
+
 
 def counter_rng(*parts: int | str) -> np.random.Generator:
-    """A Philox generator keyed by the parts; nothing is drawn from a global one."""
+    """A Philox generator keyed by the parts."""
     digest = hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def epoch_order(seed: int, purpose: str, epoch: int, count: int) -> tuple[int, ...]:
-    """A permutation of `count` samples for one epoch."""
+    """A permutation of `count` places for one epoch."""
     return tuple(int(i) for i in counter_rng(seed, purpose, epoch).permutation(count))
 
 
-def samples_of_step(seed: int, purpose: str, step: int, per_step: int, count: int) -> list[int]:
-    """The `per_step` samples of a step: epochs are walked through without gap, each in its own order."""
-    places = range(step * per_step, (step + 1) * per_step)
-    return [epoch_order(seed, purpose, p // count, count)[p % count] for p in places]
+def place_in_epoch(seed: int, purpose: str, visit: int, count: int) -> int:
+    """Which of `count` places the stream shows at its `visit`-th draw."""
+    return epoch_order(seed, purpose, visit // count, count)[visit % count]
 
 
-def share_of_rank(per_step: int, rank: int, world: int) -> range:
-    """Positions of a step that belong to one rank; all ranks together cover each once."""
-    if per_step % world:
-        raise ValueError(f"a step of {per_step} samples does not divide among {world} ranks")
-    width = per_step // world
-    return range(rank * width, (rank + 1) * width)
+def stream(seed: int, purpose: str, pools: Sequence[Sequence[int]], mixing: Mixing, visit: int) -> int:
+    """The sample at place `visit` of an endless stream over several pools (concepts, or sets).
+
+    Args:
+        mixing: "interleaved" takes the pools in turn, so that each has the same share of every batch;
+            "joint" shuffles their union, so that larger pools have larger shares.
+    """
+    if mixing == "joint":
+        union = [index for pool in pools for index in pool]
+        return union[place_in_epoch(seed, purpose, visit, len(union))]
+    turn, visit_of_pool = visit % len(pools), visit // len(pools)
+    pool = pools[turn]
+    return pool[place_in_epoch(seed, f"{purpose}-{turn}", visit_of_pool, len(pool))]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One place of a batch: which sample stands there, and the counters that key its random draws."""
+
+    sample: int
+    role: int
+    step: int
+    position: int
+    """Index within the step over all ranks: instances first, then regularization."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of a whole training.
+
+    Args:
+        instances: Sample numbers per concept, a number several times where its picture repeats.
+        priors: Sample numbers per regularization set; as many sets as concepts are paired with them.
+        batch_size: Instances per batch and rank.
+        per_batch: Regularization pictures per batch and rank.
+    """
+
+    seed: int
+    instances: tuple[tuple[int, ...], ...]
+    priors: tuple[tuple[int, ...], ...]
+    batch_size: int
+    per_batch: int = 0
+    mixing: Mixing = "interleaved"
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> list[Slot]:
+        """The share of one rank in step `step`; all ranks together have each position once."""
+        slots = self._share(step, rank, world_size, INSTANCE, self.batch_size, 0)
+        if self.priors:
+            slots += self._share(step, rank, world_size, PRIOR, self.per_batch, self.batch_size * world_size)
+        return slots
+
+    def _share(self, step: int, rank: int, world_size: int, role: int, width: int, first: int) -> list[Slot]:
+        purpose, pools = ("instance", self.instances) if role == INSTANCE else ("prior", self.priors)
+        # Sets of regularization pictures take turns even where the concepts are shuffled together.
+        mixing = self.mixing if role == INSTANCE else "interleaved"
+        places = range(rank * width, (rank + 1) * width)
+        start = step * width * world_size
+        return [
+            Slot(stream(self.seed, purpose, pools, mixing, start + place), role, step, first + place)
+            for place in places
+        ]

@@ -1,98 +1,72 @@
-"""The data module of personalization: a few pictures per concept, and a regularization set beside them.
+"""The data module of personalization: a few pictures per concept, and regularization sets beside them.
 
-Batch k is a function of (seed, k): instances first, then as many regularization pictures, each half
-walking through its own epochs. The mapping it delivers has the field names of the trainer's `Batch`.
+Batch k is a function of (seed, k): instances first, then regularization pictures, each stream walking
+through its own epochs. The mapping it delivers has the field names of the trainer's `Batch`.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from torch import Tensor
 
-from lit_datamodules import manifest, regularization, sheet
-from lit_datamodules.captions import check_token, prompts_of, read_caption
+from lit_datamodules import manifest, regularization, sheet, sheet_sections
+from lit_datamodules.concept_folder import Concept, FolderContents, Sample, read_concept
 from lit_datamodules.errors import DataError, DataOptionError
-from lit_datamodules.image_files import list_images, read_image
-from lit_datamodules.order import counter_rng, samples_of_step
+from lit_datamodules.latent_cache import LatentCache
+from lit_datamodules.order import INSTANCE, PRIOR, Mixing, Order, Slot
 from lit_datamodules.protocols import Generator, ImageEncoder, TextEncoder
-from lit_datamodules.regularization import Picture, Regularization
-from lit_datamodules.resize_augmentation import (
-    Variant,
-    View,
-    apply_view,
-    custom_diffusion_view,
-    latent_mask,
-    square_crop,
-)
-from lit_datamodules.step_loader import StepLoader
+from lit_datamodules.regularization import Regularization
+from lit_datamodules.resize_augmentation import CropMode, crop_box
+from lit_datamodules.step_loader import FixedLoader, StepLoader
+from lit_datamodules.training_view import Augmentation, Geometry, Shot, decide, mask_of, pixels_of, still
 
-Augmentation = Literal["none", "custom_diffusion", "custom_diffusion_port"]
-INSTANCE, PRIOR = 0, 1
+log = logging.getLogger(__name__)
 
-
-@dataclass
-class Concept:
-    """What is learned from one folder of pictures.
-
-    Args:
-        path: Folder of pictures; a `.txt` of the same name is a picture's caption.
-        class_noun: For example "cat".
-        token: Modifier token such as "<new1>", if one is trained.
-        prompt: Caption of pictures without a `.txt`: a sentence with `{token}` and `{class}`, or the
-            name of a template set ("object", "style").
-        repeats: How often each picture counts within an epoch.
-    """
-
-    path: str
-    class_noun: str
-    token: str | None = None
-    prompt: str = "photo of a {token} {class}"
-    repeats: int = 1
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One training picture: a square crop is cut from it, `captions` are equally likely."""
-
-    picture: Picture
-    captions: tuple[str, ...]
-    concept: int
-    role: int
+LARGEST_ZOOM = 1.4
+DEFAULT_DOWNSCALE = 8  # of sheets that are drawn without a base
+Drawn = tuple[Slot, Shot, Tensor | None]
 
 
 class PersonalizationData(pl.LightningDataModule):
     """Concept folders and regularization sets as batches.
 
     Args:
-        concepts: Learned together; each picture belongs to one.
-        regularization: Sets from which every batch takes as many pictures as it has instances.
-        resolution: Side of the training views in pixels.
-        batch_size: Instances per batch; with regularization a batch has twice as many samples.
-        augmentation: "custom_diffusion" resizes instances at random, with masks and prompt prefixes.
-        crop: Of pictures that are not square: "center" or "random".
-        flip: Mirror half of all views.
-        cache_latents: Encode every picture once; "auto" where views do not change.
-        strict: A damaged picture is an error; otherwise up to `max_skipped` are skipped and recorded.
+        concepts: Learned together; each has its own folder and token.
+        resolution: Side of the training views in pixels; None takes the base's.
+        regularization: One set or several that take turns; paired with the concepts where they are as many.
+        batch_size: Instances per batch and rank. Regularization adds as many again, or its `per_batch`.
+        augmentation: "custom_diffusion" resizes instances at random, with masks and prompt prefixes;
+            "custom_diffusion_port" does it as the port in diffusers.
+        crop: Of pictures that are not square: "center", "random", or "squash" to a square.
+        flip: Share of mirrored instance views, true for half of them.
+        mixing: Of several concepts: "interleaved" in turns, "joint" by their number of pictures.
+        cache_latents: Encode every picture once; "auto" does it where views do not change.
+        num_workers: Processes that draw views; unused where latents are cached.
+        strict: An unusable input is an error; otherwise up to `max_skipped` are skipped and recorded.
+        max_skipped: Budget of a run that is not strict.
         seed: Of order and views.
     """
 
     def __init__(
         self,
         concepts: list[Concept],
-        resolution: int,
-        regularization: list[Regularization] | None = None,
+        resolution: int | None = None,
+        regularization: Regularization | list[Regularization] | None = None,
         batch_size: int = 1,
         augmentation: Augmentation = "none",
-        crop: Literal["center", "random"] = "center",
-        flip: bool = False,
+        crop: CropMode = "center",
+        flip: bool | float = False,
+        mixing: Mixing = "interleaved",
         cache_latents: bool | Literal["auto"] = "auto",
         num_workers: int = 0,
         strict: bool = True,
@@ -104,26 +78,34 @@ class PersonalizationData(pl.LightningDataModule):
             raise DataOptionError("data.concepts is empty: name at least one folder of pictures")
         if batch_size < 1:
             raise DataOptionError(f"data.batch_size must be at least 1, not {batch_size}")
+        self.flip = 0.5 if flip is True else float(flip)
+        if not 0 <= self.flip <= 1:
+            raise DataOptionError(f"data.flip is a share in [0, 1], not {flip}")
         self.concepts = concepts
-        self.resolution = resolution
-        self.regularization = regularization or []
+        self.resolution = resolution or 512
+        self._wants_native_resolution = resolution is None
+        self.regularization = [regularization] if isinstance(regularization, Regularization) else regularization or []
         self.batch_size = batch_size
-        self.augmentation = augmentation
-        self.crop = crop
-        self.flip = flip
+        self.augmentation: Augmentation = augmentation
+        self.crop: CropMode = crop
+        self.mixing: Mixing = mixing
         self.cache_latents = cache_latents
         self.num_workers = num_workers
         self.strict = strict
         self.max_skipped = max_skipped
         self.seed = seed
         self.records: list[manifest.Record] = []
-        self.instances: list[Sample] = []
-        self.priors: list[Sample] = []
-        self._latents: dict[tuple[int, int, bool], tuple[Tensor, Tensor]] = {}
+        """The fate of every input file; filled by `setup`, also if it fails."""
+        self.samples: list[Sample] = []
+        self.held_out: list[Sample] = []
+        self.cache: LatentCache | None = None
         self._text: TextEncoder | None = None
         self._images: ImageEncoder | None = None
         self._generator: Generator | None = None
-        self._identity = ""
+        self._base = ""
+        self._ids: dict[str, tuple[Tensor, ...]] = {}
+        self._expected: dict[str, Any] | None = None
+        self._refuse_moving_cache()
 
     def bind(
         self,
@@ -132,196 +114,252 @@ class PersonalizationData(pl.LightningDataModule):
         generator: Generator | None = None,
         identity: str = "",
     ) -> None:
-        """Give the module a base's encoders, before `setup`; `identity` names the base."""
-        self._text, self._images, self._generator, self._identity = text_encoder, image_encoder, generator, identity
+        """Give the module a base's encoders, before `setup`; `identity` names the base for generated sets."""
+        self._text, self._images, self._generator, self._base = text_encoder, image_encoder, generator, identity
+        if self._wants_native_resolution:
+            self.resolution = image_encoder.resolution
+        if self.resolution % image_encoder.downscale:
+            raise DataOptionError(
+                f"data.resolution {self.resolution} is no multiple of {image_encoder.downscale}, "
+                "the pixels per latent cell of this base"
+            )
 
     # ---- reading ----------------------------------------------------------------------------------
 
-    def setup(self, stage: str | None = None) -> None:
-        """Read all pictures and captions once; a second call does nothing."""
-        if self.instances:
-            return
-        self._check_cache_option()
-        for index, concept in enumerate(self.concepts):
-            self.instances += self._read_concept(index, concept)
-        for options in self.regularization:
-            for picture in regularization.load(options, self._generator, self._identity):
-                self.priors.append(Sample(picture, (picture.caption,), -1, PRIOR))
-                self._record(picture, "regularization", "prior")
-        if self._caches:
-            self._encode_all()
-
-    def _check_cache_option(self) -> None:
-        moving = self.augmentation != "none" or self.crop == "random"
-        if self.cache_latents is True and moving:
-            raise DataOptionError("cache_latents: true would freeze views that augmentation or random crops change")
-        self._caches = self._images is not None and not moving and self.cache_latents is not False
-
-    def _read_concept(self, index: int, concept: Concept) -> list[Sample]:
-        prompts = tuple(prompts_of(concept.prompt, concept.token, concept.class_noun))
-        samples: list[Sample] = []
-        for path in list_images(Path(concept.path)):
-            sidecar = path.with_suffix(".txt")
-            try:
-                pixels = read_image(path)
-                captions = (read_caption(sidecar),) if sidecar.exists() else prompts
-                for caption in captions:
-                    check_token(caption, concept.token, str(sidecar if sidecar.exists() else path))
-            except DataError as error:
-                if self.strict:
-                    raise
-                self.records.append(manifest.Record(str(path), "skipped", str(error), concept.class_noun))
-                if sum(r.fate == "skipped" for r in self.records) > self.max_skipped:
-                    raise DataError(f"more than {self.max_skipped} pictures are unusable; the last: {error}") from error
-                continue
-            picture = Picture(pixels, captions[0], str(path), manifest.sha256_of(path.read_bytes()))
-            self._record(picture, concept.class_noun, "sidecar" if sidecar.exists() else "prompt")
-            samples += [Sample(picture, captions, index, INSTANCE)] * concept.repeats
-        if not samples:
-            raise DataError(f"no picture of {concept.path} can be used; see the reasons in the manifest")
-        return samples
-
-    def _record(self, picture: Picture, concept: str, source: str) -> None:
-        height, width = picture.pixels.shape[:2]
-        self.records.append(
-            manifest.Record(
-                picture.source, "used", "", concept, width, height, picture.sha256, picture.caption, source
-            )
-        )
-
     @property
-    def identity(self) -> str:
-        """Hash of everything that decides what batch k is."""
-        options = {
-            "records": [asdict(r) for r in self.records], "seed": self.seed, "resolution": self.resolution,
-            "batch_size": self.batch_size, "augmentation": self.augmentation, "crop": self.crop, "flip": self.flip,
-        }  # fmt: skip
-        return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16]
+    def geometry(self) -> Geometry:
+        downscale = DEFAULT_DOWNSCALE if self._images is None else self._images.downscale
+        return Geometry(self.resolution, downscale, self.augmentation, self.crop, self.seed)
 
-    # ---- views ------------------------------------------------------------------------------------
+    def _refuse_moving_cache(self) -> None:
+        if self.cache_latents is True and not self.geometry.still:
+            why = "augmentation resizes" if self.augmentation != "none" else "random crops move"
+            raise DataOptionError(
+                f"data.cache_latents is true, but {why} the pictures at every step; set it to auto, or turn that off"
+            )
 
-    def _square(self, sample: Sample, rng: np.random.Generator | None) -> tuple[np.ndarray, int, int]:
-        """The square crop of a picture and its corner in the picture scaled to the resolution."""
-        height, width = sample.picture.pixels.shape[:2]
-        top, left, side = square_crop(height, width, rng)
-        scale = self.resolution / side
-        return sample.picture.pixels[top : top + side, left : left + side], round(top * scale), round(left * scale)
+    def prepare_data(self) -> None:
+        """Draw generated regularization sets that are not there yet; one process does it for all."""
+        for options in self.regularization:
+            if options.generate:
+                regularization.generated_folder(options, self._generator, self._base)
 
-    def _view(self, sample: Sample, step: int, position: int) -> tuple[View, np.random.Generator]:
-        rng = counter_rng(self.seed, "view", step, position)
-        view = View(self.resolution, self.resolution)
-        if self.augmentation != "none" and sample.role == INSTANCE:
-            variant: Variant = "port" if self.augmentation == "custom_diffusion_port" else "paper"
-            view = custom_diffusion_view(rng, self.resolution, variant)
-        if self.flip and rng.random() < 0.5:
-            view = View(**{**asdict(view), "flip": True})
-        return view, rng
+    def setup(self, stage: str | None = None) -> None:
+        """Read all pictures and captions once; a second call does nothing.
 
-    def _draw(self, sample: Sample, step: int, position: int) -> dict[str, Any]:
-        """One sample of a batch, not yet collated."""
-        view, rng = self._view(sample, step, position)
-        caption = view.prefix + sample.captions[int(rng.integers(len(sample.captions)))]
-        square, top, left = self._square(sample, rng if self.crop == "random" else None)
-        height, width = sample.picture.pixels.shape[:2]
-        drawn: dict[str, Any] = {
-            "caption": caption,
-            "view": view,
-            "time_ids": [height, width, top, left, self.resolution, self.resolution],
-        }
-        if not self._caches:
-            drawn["pixels"] = apply_view(square, view)
-        return drawn
+        Raises:
+            DataError: Missing, empty or unusable inputs, or other ones than those of the checkpoint.
+            DataOptionError: Options that cannot work together.
+        """
+        if self.samples:
+            return
+        self.records = []
+        # Twice the largest view, so that shrinking first costs no visible detail.
+        longest = round(2 * LARGEST_ZOOM * self.resolution)
+        samples: list[Sample] = []
+        held_out: list[Sample] = []
+        for index, concept in enumerate(self.concepts):
+            contents = read_concept(index, concept, self.flip, longest, self.seed)
+            self._take(contents, samples, held_out)
+        for index, options in enumerate(self.regularization):
+            read = regularization.read_set(index, options, longest, self._generator, self._base)
+            self._take(read, samples, held_out)
+        manifest.check_skipped(self.records, self.strict, self.max_skipped)
+        self._refuse_empty(samples)
+        self.samples, self.held_out = samples, held_out
+        if self._expected is not None:
+            self.load_state_dict(self._expected)
+        if self.cache_latents is True and self._images is None:
+            raise DataOptionError("data.cache_latents is true, but no image encoder is bound; call bind before setup")
+        if self.cache_latents is not False and self.geometry.still and self._images is not None:
+            self.cache = LatentCache(samples, self.geometry, self._images)
+            log.info("cached the latents of %d views", len(self.cache))
 
-    def _encode_all(self) -> None:
-        """Posteriors of every picture, and of its mirror image where views are flipped."""
-        images = self._images
-        if images is None:
-            raise DataOptionError("bind an image encoder before caching latents")
-        for samples in (self.instances, self.priors):
-            for index, sample in enumerate(samples):
-                for flip in (False, True) if self.flip else (False,):
-                    square, _, _ = self._square(sample, None)
-                    view = View(self.resolution, self.resolution, flip=flip)
-                    mean, std = images.encode_pixels(torch.from_numpy(apply_view(square, view))[None])
-                    self._latents[sample.role, index, flip] = (mean[0].cpu(), std[0].cpu())
+    def _take(self, contents: FolderContents, samples: list[Sample], held_out: list[Sample]) -> None:
+        geometry = self.geometry
+        shown = {s.name: s for s in [*contents.samples, *contents.held_out]}
+        for record in contents.records:
+            sample = shown.get(record.path)
+            self.records.append(record if sample is None else _with_crop(record, sample, geometry))
+        samples += contents.samples
+        held_out += contents.held_out
+
+    def _refuse_empty(self, samples: Sequence[Sample]) -> None:
+        for index, concept in enumerate(self.concepts):
+            if not any(s.role == INSTANCE and s.concept == index for s in samples):
+                raise DataError(f"no picture of {concept.path} can be used; see the reasons in the manifest")
+        for index, options in enumerate(self.regularization):
+            if not any(s.role == PRIOR and s.concept == index for s in samples):
+                raise DataError(f"no picture of the regularization set {options.shards or options.folder} can be used")
 
     # ---- batches ----------------------------------------------------------------------------------
 
-    def _chosen(self, step: int) -> list[tuple[list[Sample], int]]:
-        """Instances of a step, then as many pictures of the regularization sets."""
-        pools = [("instance", self.instances), ("prior", self.priors)]
-        return [
-            (pool, index)
-            for purpose, pool in pools
-            if pool
-            for index in samples_of_step(self.seed, purpose, step, self.batch_size, len(pool))
-        ]
+    @property
+    def order(self) -> Order:
+        """Which sample stands where in every batch."""
+        instances, priors = self._pools(INSTANCE, len(self.concepts)), self._pools(PRIOR, len(self.regularization))
+        asked = [options.per_batch for options in self.regularization if options.per_batch is not None]
+        return Order(self.seed, instances, priors, self.batch_size, sum(asked) or self.batch_size, self.mixing)
 
-    def batch_of_step(self, step: int) -> dict[str, Any]:
-        """The mapping of one step; see the trainer's `Batch` for its fields."""
-        chosen = self._chosen(step)
-        samples = [pool[i] for pool, i in chosen]
-        drawn = [self._draw(sample, step, position) for position, sample in enumerate(samples)]
-        captions = [d["caption"] for d in drawn]
-        if self._text is None:
-            raise DataOptionError("bind a text encoder before drawing batches")
-        batch: dict[str, Any] = {
-            "role": torch.tensor([s.role for s in samples]),
-            "position": torch.arange(len(samples)),
-            "concept": torch.tensor([s.concept for s in samples]),
-            "sample_id": [s.picture.source for s in samples],
-            "captions": captions,
-            "input_ids": self._text.tokenize(captions),
-        }
-        if self._images is not None and self._images.needs_time_ids:
-            batch["time_ids"] = torch.tensor([d["time_ids"] for d in drawn], dtype=torch.float32)
-        if self._caches:
-            keys = [(s.role, i, d["view"].flip) for s, (_, i), d in zip(samples, chosen, drawn, strict=True)]
-            batch["latent_mean"] = torch.stack([self._latents[k][0] for k in keys])
-            batch["latent_std"] = torch.stack([self._latents[k][1] for k in keys])
-        else:
-            batch["pixels"] = torch.from_numpy(np.stack([d["pixels"] for d in drawn]))
-        if self.augmentation != "none" and self._images is not None:
-            masks = [latent_mask(d["view"], self._images.downscale) for d in drawn]
-            batch["mask"] = torch.from_numpy(np.stack(masks))
-        return batch
+    def _pools(self, role: int, count: int) -> tuple[tuple[int, ...], ...]:
+        def times(sample: Sample) -> int:
+            return self.concepts[sample.concept].repeats if role == INSTANCE else 1
+
+        return tuple(
+            tuple(i for i, s in enumerate(self.samples) if (s.role, s.concept) == (role, pool) for _ in range(times(s)))
+            for pool in range(count)
+        )
 
     @property
     def steps(self) -> int:
-        """Batches of the one long epoch: the trainer's steps, or one pass over the instances."""
+        """Batches of an epoch: the whole training if the trainer counts steps, else one pass over the instances."""
         if self.trainer is not None and self.trainer.max_steps > 0:
             return self.trainer.max_steps * self.trainer.accumulate_grad_batches
-        return -(-len(self.instances) // self.batch_size)
+        ranks = self.trainer.world_size if self.trainer is not None else 1
+        return -(-sum(len(pool) for pool in self.order.instances) // (self.batch_size * ranks))
 
-    def train_dataloader(self) -> StepLoader:
-        return StepLoader(self.batch_of_step, self.steps, self.identity, self.num_workers)
+    def train_dataloader(self) -> StepLoader[Slot]:
+        """Loader of this rank, resumable at every step."""
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        slots = functools.partial(_slots, self.order, rank, world_size)
+        return StepLoader(slots, self._draw_function(), self.collate, self.steps, 0 if self.cache else self.num_workers)
+
+    def _draw_function(self) -> functools.partial[Drawn]:
+        # Workers get the pictures and the geometry, but not the base.
+        return functools.partial(_draw, self.samples, self.geometry, self.cache is None)
+
+    def batch_of_step(self, step: int) -> dict[str, Any]:
+        """The mapping of one step, by itself; see the trainer's `Batch` for its fields."""
+        draw = self._draw_function()
+        return self.collate([draw(slot) for slot in self.order.batch(step)])
+
+    def collate(self, drawn: Sequence[Drawn]) -> dict[str, Any]:
+        """Put drawn views together with ids, masks and sizes.
+
+        Raises:
+            DataOptionError: No encoders are bound.
+        """
+        if self._text is None or self._images is None:
+            raise DataOptionError("no base is bound to the data module; call bind before batches are drawn")
+        samples = [self.samples[slot.sample] for slot, _, _ in drawn]
+        batch = self._described(samples, [shot for _, shot, _ in drawn])
+        batch["position"] = torch.tensor([slot.position for slot, _, _ in drawn])
+        if self.cache is not None:
+            keys = [(slot.sample, shot.view.flip) for slot, shot, _ in drawn]
+            batch["latent_mean"], batch["latent_std"] = self.cache.batch(keys)
+        else:
+            batch["pixels"] = torch.stack([pixels for _, _, pixels in drawn if pixels is not None])
+        return batch
+
+    def _described(self, samples: Sequence[Sample], shots: Sequence[Shot]) -> dict[str, Any]:
+        captions = [shot.caption for shot in shots]
+        batch: dict[str, Any] = {
+            "role": torch.tensor([s.role for s in samples]),
+            "concept": torch.tensor([s.concept if s.role == INSTANCE else -1 for s in samples]),
+            "sample_id": [s.name for s in samples],
+            "captions": captions,
+            "input_ids": self._tokenize(captions),
+        }
+        geometry = self.geometry
+        if geometry.augmentation != "none" or any(s.alpha is not None for s in self.samples):
+            pairs = zip(samples, shots, strict=True)
+            batch["mask"] = torch.stack([torch.from_numpy(mask_of(s, shot, geometry.downscale)) for s, shot in pairs])
+        if self._images is not None and self._images.needs_time_ids:
+            batch["time_ids"] = torch.tensor([shot.time_ids for shot in shots], dtype=torch.float32)
+        return batch
+
+    def _tokenize(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
+        """Ids of captions; personalization repeats few of them."""
+        if self._text is None:
+            raise DataOptionError("no text encoder is bound to the data module; call bind before batches are drawn")
+        if len(self._ids) > 4096:
+            self._ids.clear()
+        if new := [caption for caption in dict.fromkeys(captions) if caption not in self._ids]:
+            self._ids.update(zip(new, zip(*self._text.tokenize(new), strict=True), strict=True))
+        return tuple(torch.stack(rows) for rows in zip(*(self._ids[caption] for caption in captions), strict=True))
+
+    def val_dataloader(self) -> FixedLoader | list[Any]:
+        """Held-out pictures, the same views every time; an empty list where none are held out."""
+        if not self.held_out:
+            return []
+        return FixedLoader(self._validation, -(-len(self.held_out) // self.batch_size))
+
+    def _validation(self) -> Iterator[dict[str, Any]]:
+        for start in range(0, len(self.held_out), self.batch_size):
+            samples = self.held_out[start : start + self.batch_size]
+            shots = [still(sample, self.geometry) for sample in samples]
+            batch = self._described(samples, shots)
+            batch["position"] = torch.arange(start, start + len(samples))
+            views = [torch.from_numpy(pixels_of(s, shot)) for s, shot in zip(samples, shots, strict=True)]
+            batch["pixels"] = torch.stack(views)
+            yield batch
+
+    # ---- resuming ---------------------------------------------------------------------------------
+
+    @property
+    def dataset_hash(self) -> str:
+        """Hash of the pictures and captions that train, wherever they lie."""
+        used = [(s.role, s.concept, Path(s.name).name, s.captions, s.record and s.record.sha256) for s in self.samples]
+        return hashlib.sha256(json.dumps(used).encode()).hexdigest()
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed, "resolution": self.resolution, "batch_size": self.batch_size, "crop": self.crop,
+            "augmentation": self.augmentation, "flip": self.flip, "mixing": self.mixing,
+        }  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint notes of the data: its hash, its files, and the options that decide batches."""
+        names = {Path(s.name).name: s.record.sha256 if s.record else "" for s in self.samples}
+        return {"dataset": self.dataset_hash, "files": names, "options": self._options()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that training goes on with the data it began with.
+
+        Raises:
+            DataError: Pictures or captions changed; it names some of them.
+        """
+        if not self.samples:
+            self._expected = state_dict
+            return
+        if state_dict["dataset"] != self.dataset_hash:
+            before, now = state_dict["files"], self.state_dict()["files"]
+            changed = sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n))
+            what = ", ".join(changed[:5]) if changed else "captions or the order of files"
+            raise DataError(
+                f"the training data changed since the checkpoint was written ({what}); "
+                "restore it, or start a run of another name"
+            )
+        for name, value in state_dict["options"].items():
+            if value != self._options()[name]:
+                log.warning(
+                    "data.%s was %r when the checkpoint was written and is %r now: the run goes on, "
+                    "but is not the one that it would have been", name, value, self._options()[name],
+                )  # fmt: skip
 
     # ---- reports ----------------------------------------------------------------------------------
 
     def write_manifest(self, path: Path) -> None:
-        """Write the fate of every input file."""
+        """Write the fate of every input file as JSON lines."""
         manifest.write_manifest(self.records, path)
 
-    def write_sheet(self, path: Path, per_row: int = 16) -> None:
-        """Write the first views that training will see, by concept, and of the regularization set."""
-        cells = 8 if self._images is None else self._images.downscale
-        rows: dict[str, list[sheet.Tile]] = {}
-        for step in range(-(-per_row // self.batch_size)):
-            for position, (pool, index) in enumerate(self._chosen(step)):
-                sample = pool[index]
-                title = self._title(sample)
-                view, rng = self._view(sample, step, position)
-                caption = view.prefix + sample.captions[int(rng.integers(len(sample.captions)))]
-                square, _, _ = self._square(sample, rng if self.crop == "random" else None)
-                mask = latent_mask(view, cells) if view.pasted else None
-                rows.setdefault(title, []).append(
-                    sheet.Tile(apply_view(square, view), caption, Path(sample.picture.source).name, mask)
-                )
-        sheet.write_sheet({k: rows[k] for k in sorted(rows, reverse=True)}, path)
+    def write_sheet(self, path: Path, most: int = 12) -> None:
+        """Draw the pictures and the first training views with their captions; at most `most` of each kind."""
+        parts = sheet_sections.sections(self.concepts, self.samples, self.held_out, self.order, self.geometry, most)
+        sheet.write_sheet(list(parts), path)
 
-    def _title(self, sample: Sample) -> str:
-        if sample.role == PRIOR:
-            return f"regularization set: {len(self.priors)} pictures"
-        concept = self.concepts[sample.concept]
-        count = len({s.picture.source for s in self.instances if s.concept == sample.concept})
-        return f"concept {concept.token or ''} {concept.class_noun}: {count} pictures"
+
+def _slots(order: Order, rank: int, world_size: int, step: int) -> list[Slot]:
+    return order.batch(step, rank, world_size)
+
+
+def _draw(samples: Sequence[Sample], geometry: Geometry, with_pixels: bool, slot: Slot) -> Drawn:
+    sample = samples[slot.sample]
+    shot = decide(sample, slot, geometry)
+    return slot, shot, torch.from_numpy(pixels_of(sample, shot)) if with_pixels else None
+
+
+def _with_crop(record: manifest.Record, sample: Sample, geometry: Geometry) -> manifest.Record:
+    """Note what is cut out of the upright file, in its own pixels."""
+    box = None if geometry.crop == "random" else crop_box(*sample.original, geometry.crop)
+    return replace(record, crop=box, resize=geometry.size)

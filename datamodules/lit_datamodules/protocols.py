@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
 from torch import Tensor
 
 
@@ -24,6 +23,10 @@ class ImageEncoder(Protocol):
         """Pixels per latent cell."""
 
     @property
+    def resolution(self) -> int:
+        """Native side of the pictures in pixels."""
+
+    @property
     def needs_time_ids(self) -> bool:
         """Whether batches carry SDXL's size conditioning."""
 
@@ -32,7 +35,7 @@ class ImageEncoder(Protocol):
 
 
 class Generator(Protocol):
-    """Draws pictures from captions."""
+    """Draws pictures from captions; the same caption and seed give the same picture."""
 
-    def __call__(self, captions: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-        """uint8 `[N, H, W, 3]`."""
+    def __call__(self, captions: Sequence[str], seeds: Sequence[int]) -> Any:
+        """uint8 `[N, H, W, 3]`, an array or a tensor."""

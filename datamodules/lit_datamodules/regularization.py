@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
-import re
 import shutil
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from lit_datamodules.captions import read_caption
+from lit_datamodules import manifest
+from lit_datamodules.captions import decode_caption, read_caption
+from lit_datamodules.concept_folder import FolderContents, record_of, sample_of
 from lit_datamodules.errors import DataError, DataOptionError
-from lit_datamodules.image_files import list_images, read_image, to_rgb
-from lit_datamodules.manifest import sha256_of
+from lit_datamodules.image_files import decode_image, list_images, read_image
+from lit_datamodules.manifest import Record
+from lit_datamodules.order import PRIOR
 from lit_datamodules.protocols import Generator
+
+ROLE = "regularization"
+IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
+END_OF_TAR = bytes(1024)
 
 
 @dataclass
@@ -25,127 +34,240 @@ class Regularization:
     """One regularization set. Give exactly one of `shards`, `folder` and `generate`.
 
     Args:
-        shards: WebDataset tar files with `jpg|png` and `txt` per sample; braces are expanded.
-        folder: Pictures with sidecar `.txt` captions.
-        generate: Number of pictures that the base draws from `prompt`.
+        shards: WebDataset tar files with `jpg|png|webp`, `txt` and optionally `json` per sample, such as
+            `shards/{00000..00003}.tar`.
+        folder: Pictures with sidecar `.txt` captions, or listed line by line in `images.txt` and `caption.txt`.
+        generate: Number of pictures that the untouched base draws from `prompt`.
         prompt: Caption of generated pictures, and of those in a folder that have none.
-        cache: Where generated pictures are kept.
+        per_batch: Pictures per batch; None takes as many as there are instances.
+        cache: Folder in which generated sets are kept, for all runs.
+        seed: First seed of generated pictures.
     """
 
     shards: str | None = None
     folder: str | None = None
     generate: int = 0
     prompt: str = ""
+    per_batch: int | None = None
     cache: str = "regularization"
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        if sum(map(bool, (self.shards, self.folder, self.generate))) != 1:
+        if sum(map(bool, (self.shards, self.folder, self.generate))) != 1 or self.generate < 0:
             raise DataOptionError("a regularization set has exactly one of shards, folder and generate")
         if self.generate and not self.prompt:
             raise DataOptionError("regularization.generate needs regularization.prompt, such as 'photo of a cat'")
+        if self.per_batch is not None and self.per_batch < 1:
+            raise DataOptionError(f"regularization.per_batch must be at least 1, not {self.per_batch}")
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A decoded input: uint8 `[H, W, 3]`, its caption, where it is from and the hash of its bytes."""
+def read_set(
+    index: int, options: Regularization, longest: int, generator: Generator | None, base: str
+) -> FolderContents:
+    """Read (or draw, then read) one set; what cannot be used becomes a record with its reason.
 
-    pixels: np.ndarray
-    caption: str
-    source: str
-    sha256: str
-
-
-def expand_braces(pattern: str) -> list[Path]:
-    """`a/{00..03}.tar` to four paths."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if not match:
-        return [Path(pattern)]
-    low, high = match.groups()
-    numbers = range(int(low), int(high) + 1)
-    return [Path(pattern[: match.start()] + str(n).zfill(len(low)) + pattern[match.end() :]) for n in numbers]
-
-
-def read_shards(pattern: str) -> list[Picture]:
-    """Every sample of WebDataset shards, in their order.
+    Args:
+        index: Number of the set.
+        longest: Shorter side in pixels above which pictures are shrunk to save memory.
+        generator: Draws a set that is to be generated and is not there yet.
+        base: Fingerprint of the base that draws.
 
     Raises:
-        DataError: A shard is missing or cut off, or a sample lacks picture or caption.
+        DataError: A folder or shard is missing or empty.
+        DataOptionError: A set is to be generated and no base is bound.
     """
-    import webdataset
+    if options.shards:
+        return read_shards(index, options.shards, longest)
+    folder = Path(options.folder) if options.folder else generated_folder(options, generator, base)
+    return read_folder(index, folder, options.prompt, longest)
 
-    pictures = []
-    for path in expand_braces(pattern):
-        if not path.is_file():
-            raise DataError(f"regularization shard {path} does not exist")
-        before = len(pictures)
+
+# ---- shards ---------------------------------------------------------------------------------------------
+
+
+def shard_paths(pattern: str) -> list[Path]:
+    """Shards that a pattern with braces names.
+
+    Raises:
+        DataError: Some are missing; it names them.
+    """
+    from webdataset.shardlists import expand_urls
+
+    paths = [Path(url) for url in expand_urls(pattern)]
+    if missing := [str(p) for p in paths if not p.is_file()]:
+        raise DataError(f"regularization shards are missing: {', '.join(missing[:5])} ({len(missing)} of {len(paths)})")
+    return paths
+
+
+def read_shards(index: int, pattern: str, longest: int) -> FolderContents:
+    """Every sample of WebDataset shards, in their order."""
+    contents = FolderContents()
+    for path in shard_paths(pattern):
+        before, damage = len(contents.records), ""
         try:
-            for sample in webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False):
-                pictures.append(_picture_of(sample, path))
-        except DataError:
-            raise
-        except Exception as error:  # noqa: BLE001 - tar, pipe and codec errors alike mean: this shard is damaged
-            good = len(pictures) - before
-            raise DataError(f"regularization shard {path} is damaged after sample {good}: {error}") from error
-        if len(pictures) == before:
-            raise DataError(f"regularization shard {path} holds no sample")
-    return pictures
+            for sample in _samples_of(path):
+                _add_sample(contents, index, sample, path, longest)
+        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+            reason = str(error.args[0]) if error.args else type(error).__name__
+            damage = f"shard {path} is damaged after sample {len(contents.records) - before}: {reason}"
+        count = len(contents.records) - before
+        damage = damage or _incompleteness(path, count)
+        fate: manifest.Fate = "skipped" if damage else "used"
+        advice = f"{damage}; fetch or pack it again" if damage else f"{count} samples"
+        contents.records.append(Record(str(path), fate, advice, ROLE))
+    if not contents.samples and not any(record.fate == "skipped" for record in contents.records):
+        raise DataError(f"regularization shards {pattern} hold no sample")
+    return contents
 
 
-def _picture_of(sample: dict[str, object], shard: Path) -> Picture:
-    key = f"{shard.name}:{sample['__key__']}"
-    data = next((sample[s] for s in ("jpg", "jpeg", "png", "webp") if s in sample), None)
-    text = sample.get("txt")
-    if not isinstance(data, bytes) or not isinstance(text, bytes):
-        raise DataError(f"sample {key} lacks a picture or its txt caption")
+def _samples_of(path: Path) -> Any:
+    from webdataset.tariterators import tarfile_samples
+
+    # One shard after the other and any error raised, so that each one is named and counted.
+    return tarfile_samples([{"url": str(path)}])
+
+
+def _incompleteness(path: Path, count: int) -> str:
+    """Why a shard that could be read is not whole; "" if it is."""
+    if not count:
+        return f"shard {path} holds no sample"
+    with path.open("rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+        file.seek(max(0, path.stat().st_size - len(END_OF_TAR)))
+        # A tar that was cut between two members reads without an error.
+        if not compressed and file.read() != END_OF_TAR:
+            return f"shard {path} is cut off: its end marker is missing after {count} samples"
+    stats = path.with_name(f"{path.stem}_stats.json")
+    if stats.is_file():
+        expected = json.loads(stats.read_text(encoding="utf-8")).get("successes")
+        if expected is not None and expected != count:
+            return f"shard {path} holds {count} samples, but {stats.name} counts {expected}"
+    return ""
+
+
+def _add_sample(contents: FolderContents, index: int, sample: dict[str, Any], shard: Path, longest: int) -> None:
+    name = f"{shard}:{sample['__key__']}"
+    data = next((sample[key] for key in IMAGE_KEYS if key in sample), None)
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            pixels = to_rgb(image)
-        caption = " ".join(text.decode("utf-8").split())
-    except (OSError, ValueError) as error:
-        raise DataError(f"sample {key} is damaged: {error}") from error
-    if not caption:
-        raise DataError(f"sample {key} has an empty caption")
-    return Picture(pixels, caption, key, sha256_of(data))
+        if data is None or "txt" not in sample:
+            lacking = "picture (jpg, png or webp)" if data is None else "caption (txt)"
+            raise DataError(f"sample {name} has no {lacking}; pack the shard again")
+        picture = decode_image(data, f"sample {name}")
+        caption = decode_caption(sample["txt"], f"caption of sample {name}")
+    except DataError as error:
+        contents.records.append(Record(name, "skipped", str(error), ROLE))
+        return
+    record = record_of(picture, name, data, ROLE, "", caption, "txt")
+    contents.records.append(record)
+    contents.samples.append(sample_of(picture, record, (caption,), PRIOR, index, longest))
 
 
-def read_folder(folder: Path, prompt: str) -> list[Picture]:
-    """Pictures of a folder with their sidecar captions, or with `prompt`."""
-    pictures = []
-    for path in list_images(folder):
-        sidecar = path.with_suffix(".txt")
-        caption = read_caption(sidecar) if sidecar.exists() else prompt
-        if not caption:
-            raise DataError(f"{path} has no caption file {sidecar.name}, and regularization.prompt is empty")
-        pictures.append(Picture(read_image(path), caption, str(path), sha256_of(path.read_bytes())))
-    return pictures
+# ---- folders --------------------------------------------------------------------------------------------
 
 
-def generate_folder(options: Regularization, generator: Generator, identity: str) -> Path:
-    """Draw the set once and keep it; a folder that was cut off in the making is made again."""
-    key = hashlib.sha256(f"{identity}|{options.prompt}|{options.generate}".encode()).hexdigest()[:16]
-    folder = Path(options.cache) / f"generated-{key}"
-    if folder.exists():
+def read_folder(index: int, folder: Path, prompt: str, longest: int) -> FolderContents:
+    """Pictures of a folder with their captions, or with `prompt`."""
+    contents = FolderContents()
+    listed = folder / "images.txt"
+    entries = _listed(folder) if listed.is_file() else [(path, _caption_of(path)) for path in list_images(folder)]
+    sidecars: set[Path] = set()
+    for path, source in entries:
+        if isinstance(source, Path):
+            sidecars.add(source)
+        try:
+            caption = read_caption(source) if isinstance(source, Path) else source or prompt
+            if not caption:
+                raise DataError(f"{path} has no caption {path.stem}.txt, and regularization.prompt is empty; give one")
+            picture = read_image(path)
+        except DataError as error:
+            contents.records.append(Record(str(path), "skipped", str(error), ROLE))
+            continue
+        origin = source.name if isinstance(source, Path) else "caption.txt" if source else "prompt"
+        record = record_of(picture, str(path), path.read_bytes(), ROLE, "", caption, origin)
+        contents.records.append(record)
+        contents.samples.append(sample_of(picture, record, (caption,), PRIOR, index, longest))
+    lists = [p for p in (listed, folder / "caption.txt", folder / "urls.txt") if listed.is_file() and p.is_file()]
+    for path in [*sorted(sidecars), *lists]:
+        contents.records.append(Record(str(path), "used", "captions and lists", "caption"))
+    contents.records += manifest.ignore_rest(folder, (record.path for record in contents.records))
+    return contents
+
+
+def _caption_of(path: Path) -> Path | str:
+    sidecar = path.with_suffix(".txt")
+    return sidecar if sidecar.is_file() else ""
+
+
+def _listed(folder: Path) -> list[tuple[Path, Path | str]]:
+    """Pairs of `images.txt` and `caption.txt`, which match line by line."""
+    lines = []
+    for name in ("images.txt", "caption.txt"):
+        path = folder / name
+        if not path.is_file():
+            raise DataError(f"{folder} has images.txt but no {name}; give one caption a line")
+        try:
+            lines.append([line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()])
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8 (offset {error.start}); save it as UTF-8") from error
+    images, captions = lines
+    if len(images) != len(captions):
+        raise DataError(f"{folder}: images.txt has {len(images)} lines, caption.txt {len(captions)}; they must match")
+    return [(_find(folder, line), caption) for line, caption in zip(images, captions, strict=True)]
+
+
+def _find(folder: Path, line: str) -> Path:
+    """A listed picture: beside the list, below it, or where the line says."""
+    name = Path(line).name
+    for candidate in (folder / line, folder / "images" / name, folder / name):
+        if candidate.is_file():
+            return candidate
+    return Path(line)
+
+
+# ---- generated sets -------------------------------------------------------------------------------------
+
+
+def generated_path(options: Regularization, base: str) -> Path:
+    """Where a generated set lies: named by everything that decides its pictures."""
+    key = json.dumps([base, options.prompt, options.generate, options.seed]).encode()
+    return Path(options.cache) / hashlib.sha256(key).hexdigest()[:16]
+
+
+def generated_folder(options: Regularization, generator: Generator | None, base: str) -> Path:
+    """Draw a set once and keep it; the folder appears when it is whole.
+
+    Raises:
+        DataOptionError: It is not there yet, and no base is bound that could draw it.
+        DataError: The base gave something else than pictures.
+    """
+    folder = generated_path(options, base)
+    if folder.is_dir():
         return folder
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    partial.mkdir(parents=True, exist_ok=True)
-    for start in range(0, options.generate, 32):
-        seeds = list(range(start, min(start + 32, options.generate)))
-        for seed, pixels in zip(seeds, generator([options.prompt] * len(seeds), seeds), strict=True):
-            Image.fromarray(pixels).save(partial / f"{seed:05d}.png")
-            (partial / f"{seed:05d}.txt").write_text(options.prompt + "\n", encoding="utf-8")
+    if generator is None:
+        raise DataOptionError(f"the regularization set {options.prompt!r} is not generated yet, and no base is bound")
+    partial = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     try:
-        partial.rename(folder)
-    except OSError:  # another process was first; its set is the same
-        shutil.rmtree(partial)
+        for start in range(0, options.generate, 16):
+            numbers = range(start, min(start + 16, options.generate))
+            drawn = _as_array(generator([options.prompt] * len(numbers), [options.seed + n for n in numbers]))
+            if drawn.shape[0] != len(numbers) or drawn.dtype != np.uint8 or drawn.shape[-1] != 3:
+                raise DataError(f"the generator gave {drawn.dtype} {drawn.shape}, not uint8 [{len(numbers)}, H, W, 3]")
+            for number, pixels in zip(numbers, drawn, strict=True):
+                buffer = io.BytesIO()
+                Image.fromarray(pixels).save(buffer, "PNG")
+                (partial / f"{number:05d}.png").write_bytes(buffer.getvalue())
+                (partial / f"{number:05d}.txt").write_text(options.prompt + "\n", encoding="utf-8")
+        os.replace(partial, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        # Another process was first; the same seeds gave it the same pictures.
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
-def load(options: Regularization, generator: Generator | None, identity: str) -> list[Picture]:
-    """All pictures of one set."""
-    if options.shards:
-        return read_shards(options.shards)
-    if options.folder:
-        return read_folder(Path(options.folder), options.prompt)
-    if generator is None:
-        raise DataOptionError("a generated regularization set needs a base that draws it")
-    return read_folder(generate_folder(options, generator, identity), options.prompt)
+def _as_array(drawn: Any) -> np.ndarray:
+    return np.asarray(drawn.cpu() if hasattr(drawn, "cpu") else drawn)

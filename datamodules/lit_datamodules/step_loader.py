@@ -1,73 +1,113 @@
 """A sized loader whose batch k is a function of k, with a cursor that checkpoints carry.
 
-Lightning saves and restores the state of loaders that offer it. The cursor names the next step to
-train; it moves when a batch is handed out, so at a step boundary nothing is lost or repeated.
+Lightning saves and restores the state of loaders that offer it, and keeps its own count of batches
+within an epoch. So `len` is always the whole epoch, a fresh iteration gives a whole epoch, and the first
+iteration after a restore gives the rest of the interrupted one. The cursor moves when a batch is
+handed out, not when a worker prepares it: at a step boundary nothing is lost or repeated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lit_datamodules.errors import DataOptionError
+S = TypeVar("S")
+Item = Any
+Batch = dict[str, Any]
 
-Mapping = dict[str, Any]
+
+class _Items(Dataset[Item], Generic[S]):
+    def __init__(self, draw: Callable[[S], Item]):
+        self.draw = draw
+
+    def __getitem__(self, slot: S) -> Item:
+        return self.draw(slot)
 
 
-class _Steps(Dataset[Mapping]):
-    def __init__(self, batch_of_step: Callable[[int], Mapping], steps: int):
-        self.batch_of_step = batch_of_step
-        self.steps = steps
+class _Steps(Generic[S]):
+    """Slots of the steps from `start` to `stop`, for a DataLoader that outlives one epoch."""
+
+    def __init__(self, slots_of_step: Callable[[int], Sequence[S]]):
+        self.slots_of_step = slots_of_step
+        self.start = self.stop = 0
+
+    def __iter__(self) -> Iterator[list[S]]:
+        for step in range(self.start, self.stop):
+            yield list(self.slots_of_step(step))
 
     def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, step: int) -> Mapping:
-        return self.batch_of_step(step)
+        return self.stop - self.start
 
 
-class StepLoader:
-    """Iterate over steps `cursor` to `steps - 1`.
+def _as_list(items: list[Item]) -> list[Item]:
+    return items
+
+
+class StepLoader(Generic[S]):
+    """Iterate over the steps of an endless training, an epoch at a time.
 
     Args:
-        batch_of_step: Makes the whole batch of one step; must be a pure function.
-        steps: Length of the one long epoch.
-        identity: Of the data set; a checkpoint of another one is refused.
-        workers: Processes that make batches ahead.
+        slots_of_step: The places of step k; a pure function.
+        draw: Makes one item of a slot; a pure function that can be sent to a worker process.
+        finish: Makes a batch of a step's items, in this process.
+        steps_per_epoch: Length.
+        num_workers: Processes that draw items ahead.
     """
 
-    def __init__(self, batch_of_step: Callable[[int], Mapping], steps: int, identity: str, workers: int = 0):
-        self.steps = _Steps(batch_of_step, steps)
-        self.identity = identity
-        self.workers = workers
+    def __init__(
+        self,
+        slots_of_step: Callable[[int], Sequence[S]],
+        draw: Callable[[S], Item],
+        finish: Callable[[list[Item]], Batch],
+        steps_per_epoch: int,
+        num_workers: int = 0,
+    ):
+        self.steps_per_epoch = steps_per_epoch
+        self.finish = finish
         self.cursor = 0
+        """Next step to hand out, over all epochs."""
+        self._in_epoch = 0
+        self._restored = False
+        self._steps = _Steps(slots_of_step)
+        self._loader: DataLoader[Item] = DataLoader(
+            _Items(draw), batch_sampler=self._steps, num_workers=num_workers, collate_fn=_as_list,  # type: ignore[arg-type]
+            persistent_workers=num_workers > 0, generator=torch.Generator(),
+        )  # fmt: skip
 
     def __len__(self) -> int:
-        return len(self.steps)
+        return self.steps_per_epoch
 
-    def __iter__(self) -> Iterator[Mapping]:
-        start = self.cursor if self.cursor < len(self) else 0
-        loader = DataLoader(
-            self.steps, batch_size=None, sampler=range(start, len(self)), num_workers=self.workers
-        )  # fmt: skip
-        for step, batch in enumerate(loader, start):
-            self.cursor = step + 1
+    def __iter__(self) -> Iterator[Batch]:
+        if not (self._restored and self._in_epoch < self.steps_per_epoch):
+            self._in_epoch = 0
+        self._restored = False
+        self._steps.start, self._steps.stop = self.cursor, self.cursor + self.steps_per_epoch - self._in_epoch
+        for items in self._loader:
+            batch = self.finish(items)
+            self.cursor += 1
+            self._in_epoch += 1
             yield batch
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"cursor": self.cursor, "identity": self.identity}
+    def state_dict(self) -> dict[str, int]:
+        return {"cursor": self.cursor, "in_epoch": self._in_epoch}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where the state was taken.
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where the state was taken."""
+        self.cursor, self._in_epoch, self._restored = state["cursor"], state["in_epoch"], True
 
-        Raises:
-            DataOptionError: The pictures, captions or options changed since.
-        """
-        if state["identity"] != self.identity:
-            raise DataOptionError(
-                "the training data changed since the checkpoint was written; "
-                "restore the pictures and captions, or start a new run name"
-            )
-        self.cursor = state["cursor"]
+
+class FixedLoader:
+    """The same few batches at every iteration, for validation."""
+
+    def __init__(self, batches: Callable[[], Iterator[Batch]], length: int):
+        self.batches = batches
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches()
