@@ -33,7 +33,6 @@ class LoRA(Adapter):
         targets: "attention", "key_value" (cross-attention K and V), "query_value", or name endings.
         text_encoder: Also adapt the attention of every text encoder.
         init: Of A: "gaussian" = N(0, 1/R²), as diffusers' scripts; "kaiming" = U(±1/√in), PEFT's default.
-        dropout: On the branch's input.
     """
 
     def __init__(
@@ -43,7 +42,6 @@ class LoRA(Adapter):
         targets: str | list[str] = "attention",
         text_encoder: bool = False,
         init: Literal["gaussian", "kaiming"] = "gaussian",
-        dropout: float = 0.0,
         name: str = "lora",
         lr: float | None = None,
         weight_decay: float | None = None,
@@ -58,7 +56,6 @@ class LoRA(Adapter):
         self.targets = TARGETS[targets] if isinstance(targets, str) else list(targets)
         self.text_encoder = text_encoder
         self.init = init
-        self.dropout = dropout
         self._peft: dict[str, nn.Module] = {}
         self._dtype: torch.dtype | None = None
 
@@ -78,7 +75,7 @@ class LoRA(Adapter):
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
 
-        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets)
+        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=targets)
         try:
             with torch.random.fork_rng(devices=[]):  # PEFT initialises from the global generator; overwritten below
                 inject_adapter_in_model(config, module, adapter_name=self.name)

@@ -8,13 +8,14 @@ from pathlib import Path
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="litp data", description="Check or show the training data of a configuration.")
+    parser = argparse.ArgumentParser(prog="litp data", description="Check or show the data of a configuration.")
     verbs = parser.add_subparsers(dest="what", required=True, metavar="check|sheet")
     for name, text in (("check", "read every file and count what is used"), ("sheet", "draw the first training views")):
         verb = verbs.add_parser(name, help=text)
         verb.add_argument("-c", "--config", action="append", required=True, help="YAML file or recipe; may be repeated")
         verb.add_argument("--json", action="store_true")
-        verb.add_argument("-o", "--output", type=Path, default=Path("sheet.png" if name == "sheet" else "manifest.jsonl"))
+        default = Path("sheet.png" if name == "sheet" else "manifest.jsonl")
+        verb.add_argument("-o", "--output", type=Path, default=default)
     options = parser.parse_args(arguments)
     from lit_personalize.cli.console import configure_logging, emit
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="litp verify", description="Reload adapter files through stock diffusers and compare factors and a picture."
+        prog="litp verify", description="Reload adapter files through stock diffusers and compare."
     )
     parser.add_argument("files", type=Path, nargs="+", help="adapter files, or one run directory")
     parser.add_argument("--base", default="tinyworld", help='diffusers directory, single file, or "tinyworld"')

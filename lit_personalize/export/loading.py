@@ -34,7 +34,9 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise DataError(f"adapter file {path} does not exist")
     head = path.read_bytes()[:16]
-    if path.suffix.lower() in PICKLES or head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
+    # A safetensors file has its header's length in 8 bytes, which may look like a pickle's first, and then "{".
+    pickled = head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[8:9] != b"{")
+    if path.suffix.lower() in PICKLES or pickled:
         raise DataError(f"{path} is a pickle: loading one can run any code; convert it to .safetensors first")
     try:
         with safe_open(path, "pt") as stream:

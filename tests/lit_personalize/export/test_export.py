@@ -1,0 +1,231 @@
+"""Exports come back through stock clients exactly, and damage of any kind is noticed."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lit_personalize.adapters.key_value_delta import KeyValueDelta
+from lit_personalize.adapters.lora import LoRA
+from lit_personalize.adapters.protocol import Adapter, AdapterWeights, LowRank
+from lit_personalize.adapters.token_embedding import TokenEmbedding
+from lit_personalize.backbones.base import Base
+from lit_personalize.backbones.loading import load_base
+from lit_personalize.errors import DataError, UsageError, VerificationError
+from lit_personalize.export.exporter import Exported, export
+from lit_personalize.export.factorize import factorize
+from lit_personalize.export.inspect import inspect_file
+from lit_personalize.export.loading import load_adapter, read_adapter
+from lit_personalize.export.verify import verify
+from lit_personalize.sampling.sampler import SamplingOptions, generate
+
+
+def _trained(path: Path, adapters: list[Adapter]) -> tuple[Base, AdapterWeights]:
+    """A base with adapters that have been moved away from their start."""
+    base = load_base(path)
+    weights = AdapterWeights()
+    draws = torch.Generator().manual_seed(0)
+    for adapter in adapters:
+        adapter.attach(base)
+        with torch.no_grad():
+            for factor in adapter.named_factors().values():
+                factor.add_(0.1 * torch.randn(factor.shape, generator=draws))
+        adapter.refresh(base.dtype)
+        weights = weights.merge(adapter.export_weights())
+    return base, weights
+
+
+def _everything() -> list[Adapter]:
+    lora = LoRA(rank=3, alpha=6.0, targets=["attn1.to_q", "attn1.to_v"], text_encoder=True)
+    return [lora, KeyValueDelta(), TokenEmbedding("<new1>", "cat", vectors=3)]
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2-v", "sdxl"])
+def test_stock_clients_give_back_what_was_trained(tiny_bases: dict[str, Path], tmp_path: Path, family: str) -> None:
+    base, weights = _trained(tiny_bases[family], _everything())
+    files = export(weights, tmp_path, base, "run", ["diffusers", "kohya", "delta"])
+    assert [f.kind for f in files] == ["diffusers", "kohya", "embedding", "delta"]
+    report = verify(files, base, weights, "a photo of a <new1> cat")
+    assert report.picture_difference is not None and report.picture_difference <= 1 / 255 + 1e-6
+    by_kind = {f.kind: f for f in report.files}
+    assert by_kind["diffusers"].layers == by_kind["kohya"].layers == len(weights.deltas())
+    assert by_kind["diffusers"].largest_error <= 1.1e-3
+
+
+def test_low_rank_adapters_come_back_to_fp32_precision(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    base, weights = _trained(tiny_bases["sd1"], [LoRA(rank=2, alpha=5.0)])
+    report = verify(export(weights, tmp_path, base, "run"), base, weights)
+    assert all(f.largest_error <= 1e-6 and f.allowed_error == 1e-6 for f in report.files)
+    kohya = load_file(tmp_path / "run.kohya.safetensors")
+    assert {float(t) for k, t in kohya.items() if k.endswith(".alpha")} == {5.0}
+    assert not any("lora_lora" in k or "base_layer" in k for k in kohya)
+
+
+def test_files_of_low_rank_and_token_sample_as_the_live_adapters(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    adapters: list[Adapter] = [LoRA(rank=2, text_encoder=True), TokenEmbedding("<new1>", "cat")]
+    base, weights = _trained(tiny_bases["sdxl"], adapters)
+    export(weights, tmp_path, base, "run", ["diffusers"])
+    fresh = load_base(tiny_bases["sdxl"])
+    loaded = load_adapter(tmp_path, fresh)
+    options = SamplingOptions(steps=3)
+    live = generate(base, ["a <new1> cat"], [0], adapters, options)
+    assert np.abs(generate(fresh, ["a <new1> cat"], [0], [loaded], options).astype(int) - live).max() <= 1
+
+
+def test_merged_pipeline_needs_no_adapter(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    adapters = _everything()
+    base, weights = _trained(tiny_bases["sd1"], adapters)
+    (_, merged) = export(weights, tmp_path, base, "run", ["pipeline"])
+    fresh = load_base(merged.path)
+    prompt, options = "a photo of a <new1> <new1>_1 <new1>_2 cat", SamplingOptions(steps=3)
+    live = generate(base, ["a photo of a <new1> cat"], [0], adapters, options)
+    assert np.abs(generate(fresh, [prompt], [0], None, options).astype(int) - live).max() <= 1
+
+
+def test_two_changes_of_one_layer_add_up(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    base, weights = _trained(tiny_bases["sd1"], [LoRA(rank=2, alpha=8.0), KeyValueDelta()])
+    verify(export(weights, tmp_path, base, "run"), base, weights)
+    layer = next(iter(weights.dense))
+    expected = weights.low_rank[layer].delta() + weights.dense[layer]
+    torch.testing.assert_close(weights.deltas()[layer], expected)
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "kohya", "embedding", "delta"])
+def test_a_changed_file_fails_verification(tiny_bases: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    base, weights = _trained(tiny_bases["sd1"], _everything())
+    files = export(weights, tmp_path, base, "run", ["diffusers", "kohya", "delta"])
+    item = next(f for f in files if f.kind == kind)
+    tensors = load_file(item.path)
+    name = next(k for k in tensors if "alpha" not in k)
+    tensors[name] = tensors[name] * 1.01
+    save_file(tensors, item.path, {"litp.token": "<new1>"} if kind == "embedding" else None)
+    with pytest.raises(VerificationError):
+        verify([item], base, weights)
+
+
+def test_half_of_the_keys_fails_verification(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    base, weights = _trained(tiny_bases["sd1"], [LoRA(rank=2)])
+    (item, _) = export(weights, tmp_path, base, "run")
+    tensors = load_file(item.path)
+    kept = sorted(tensors)[: len(tensors) // 2]
+    save_file({k: tensors[k] for k in kept}, item.path)
+    with pytest.raises(VerificationError, match="did not load"):
+        verify([item], base, weights)
+
+
+def test_pickles_are_refused_under_any_name(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    base = load_base(tiny_bases["sd1"])
+    disguised = tmp_path / "adapter.safetensors"
+    disguised.write_bytes(pickle.dumps({"unet": 1}))
+    honest = tmp_path / "adapter.bin"
+    torch.save({"x": torch.zeros(1)}, honest)
+    zipped = tmp_path / "other.safetensors"
+    torch.save({"x": torch.zeros(1)}, zipped)
+    for path in (disguised, honest, zipped):
+        with pytest.raises(DataError, match="is a pickle: loading one can run any code"):
+            read_adapter(path, base)
+
+
+def test_damaged_and_foreign_files_are_refused(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    base, weights = _trained(tiny_bases["sd1"], [LoRA(rank=2)])
+    (item, _) = export(weights, tmp_path, base, "run")
+    other = load_base(tiny_bases["sdxl"])
+    with pytest.raises(DataError, match="was trained on base sd1"):
+        load_adapter(item.path, other)
+    with pytest.raises(DataError):
+        load_adapter(item.path, other, force=True)
+    tensors = load_file(item.path)
+    first = next(iter(tensors))
+    for change, message in (
+        ({first: tensors[first] * float("nan")}, "holds NaN"),
+        ({"unet.no.such.layer.lora_A.weight": tensors[first]}, "names no layer of this base"),
+        ({"unet.conv_in.weight": tensors[first]}, "is not part of a LoRA file"),
+    ):
+        save_file({**tensors, **change}, tmp_path / "bad.safetensors")
+        with pytest.raises(DataError, match=message):
+            read_adapter(tmp_path / "bad.safetensors", base)
+    save_file({first: tensors[first]}, tmp_path / "bad.safetensors")
+    with pytest.raises(DataError, match="lacks its up factor"):
+        read_adapter(tmp_path / "bad.safetensors", base)
+    (tmp_path / "bad.safetensors").write_bytes(item.path.read_bytes()[:-10])
+    with pytest.raises(DataError, match="not a whole safetensors file"):
+        read_adapter(tmp_path / "bad.safetensors", base)
+    save_file(tensors, tmp_path / "bad.safetensors", {"litp.format_version": "99"})
+    with pytest.raises(DataError, match="format version 99"):
+        read_adapter(tmp_path / "bad.safetensors", base)
+    with pytest.raises(DataError, match="does not exist"):
+        read_adapter(tmp_path / "nothing.safetensors", base)
+
+
+def test_reading_gives_what_was_written(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    base, weights = _trained(tiny_bases["sdxl"], _everything())
+    for item in export(weights, tmp_path, base, "run", ["kohya", "delta"]):
+        found = read_adapter(item.path, base)
+        for layer, delta in found.deltas().items():
+            wanted = weights.dense[layer] if item.kind == "delta" else weights.deltas()[layer]
+            assert float((delta - wanted).norm() / wanted.norm()) <= (1e-6 if item.kind == "delta" else 1.1e-3)
+        for token, rows in found.tokens.items():
+            assert all(torch.equal(a, b) for a, b in zip(rows, weights.tokens[token], strict=True))
+
+
+def test_a_peft_directory_is_read(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    unet = UNet2DConditionModel.from_pretrained(tiny_bases["sd1"] / "unet")
+    model = get_peft_model(unet, LoraConfig(r=2, lora_alpha=7, target_modules=["attn2.to_k"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "peft")
+    found = read_adapter(tmp_path / "peft", load_base(tiny_bases["sd1"]))
+    name, low_rank = next(iter(found.low_rank.items()))
+    assert low_rank.alpha == 7.0
+    unet = UNet2DConditionModel.from_pretrained(tiny_bases["sd1"] / "unet")
+    again = PeftModel.from_pretrained(unet, tmp_path / "peft")
+    layer = again.base_model.model.get_submodule(name.removeprefix("unet."))
+    torch.testing.assert_close(low_rank.delta(), layer.get_delta_weight("default").detach())
+
+
+def test_inspect_reports_ranks_and_base(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    base, weights = _trained(tiny_bases["sd1"], [LoRA(rank=2, alpha=4.0)])
+    diffusers, kohya = export(weights, tmp_path, base, "run")
+    report = inspect_file(kohya.path)
+    assert report["format"] == "kohya LoRA" and set(report["ranks"]) == {"2"} and set(report["alphas"]) == {"4.0"}
+    assert inspect_file(diffusers.path)["base_fingerprint"] == base.fingerprint
+
+
+def test_unknown_format_is_refused(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unknown export format 'bin'"):
+        export(AdapterWeights(), tmp_path, load_base(tiny_bases["sd1"]), "run", ["bin"])
+
+
+def test_factorize_finds_the_smallest_rank() -> None:
+    torch.manual_seed(0)
+    u, _ = torch.linalg.qr(torch.randn(20, 4, dtype=torch.float64))
+    v, _ = torch.linalg.qr(torch.randn(12, 4, dtype=torch.float64))
+    delta = ((u * torch.tensor([1.0, 0.5, 1e-2, 1e-5])) @ v.T).float()
+    low_rank, error = factorize(delta, 1e-3)
+    assert low_rank.rank == 3 and error <= 1e-3
+    assert factorize(delta, 2e-2)[0].rank == 2
+    assert factorize(delta, rank=1)[0].rank == 1
+    assert factorize(torch.zeros(4, 3))[1] == 0.0
+    torch.testing.assert_close(low_rank.delta(), delta, atol=2e-5, rtol=0)
+
+
+def test_concatenated_ranks_are_the_exact_sum() -> None:
+    torch.manual_seed(0)
+    parts = [LowRank(torch.randn(r, 5), torch.randn(4, r), a) for r, a in ((1, 3.0), (2, 1.0))]
+    torch.testing.assert_close(parts[0].concatenate(parts[1]).delta(), parts[0].delta() + parts[1].delta())
+
+
+def test_verify_without_reference_checks_other_peoples_files(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    base, weights = _trained(tiny_bases["sd1"], [LoRA(rank=2, alpha=6.0)])
+    tensors = {}
+    for layer, factors in weights.low_rank.items():
+        tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"] = factors.down, factors.up
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    report = verify([Exported(tmp_path / "theirs.safetensors", "diffusers")], base)
+    assert report.files[0].layers == len(weights.low_rank)
