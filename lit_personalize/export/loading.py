@@ -106,7 +106,8 @@ def parse(tensors: dict[str, Tensor], metadata: dict[str, str], base: Base, path
     if len(tensors) == 1 and next(iter(tensors.values())).ndim <= 2 and "lora" not in next(iter(tensors)):
         ((token, rows_),) = tensors.items()
         return AdapterWeights(tokens={token: [rows_.float().reshape(-1, rows_.shape[-1])]})
-    names = [f"{c}.{p}" for c, module in base.components().items() for p in linear_layers(module)]
+    parts = {c: module for c, module in base.components().items() if c != "vae"}
+    names = [f"{c}.{p}" for c, module in parts.items() for p in linear_layers(module)]
     style = "kohya" if any(k.startswith("lora_") for k in tensors) else "portable"
     known = keys.index_by(names, len(base.text_encoders) == 2, style)
     if all(k.endswith(".delta") for k in tensors):

@@ -143,8 +143,8 @@ def test_damaged_and_foreign_files_are_refused(tiny_bases: dict[str, Path], tmp_
     first = next(iter(tensors))
     for change, message in (
         ({first: tensors[first] * float("nan")}, "holds NaN"),
-        ({"unet.no.such.layer.lora_A.weight": tensors[first]}, "names no layer of this base"),
-        ({"unet.conv_in.weight": tensors[first]}, "is not part of a LoRA file"),
+        ({"unet.no.such.layer.lora_A.weight": tensors[first].clone()}, "names no layer of this base"),
+        ({"unet.conv_in.weight": tensors[first].clone()}, "is not part of a LoRA file"),
     ):
         save_file({**tensors, **change}, tmp_path / "bad.safetensors")
         with pytest.raises(DataError, match=message):
