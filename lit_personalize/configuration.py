@@ -113,6 +113,23 @@ def parse(arguments: Sequence[str]) -> tuple[LightningArgumentParser, Namespace]
         raise UsageError(explain(str(error))) from error
 
 
+def instantiate(parser: LightningArgumentParser, config: Namespace) -> Namespace:
+    """Build objective, data module and callbacks.
+
+    Raises:
+        UsageError: A class refused its options. Errors that carry an exit code come through as they are.
+    """
+    try:
+        return parser.instantiate(config)
+    except (ValueError, TypeError) as error:
+        cause: BaseException | None = error
+        while cause is not None:  # the parser wraps what a constructor raised
+            if hasattr(cause, "exit_code"):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        raise UsageError(explain(str(error))) from error
+
+
 def _with_paths(arguments: Sequence[str]) -> list[str]:
     """Replace recipe names behind -c by their paths."""
     out: list[str] = []

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lit_personalize import checkpoints
 from lit_personalize.adapters.protocol import AdapterWeights
-from lit_personalize.configuration import parse
+from lit_personalize.configuration import instantiate, parse
 from lit_personalize.errors import UsageError
 from lit_personalize.export.card import write_card
 from lit_personalize.export.exporter import Exported, export
@@ -46,7 +46,7 @@ def fit(arguments: Sequence[str]) -> RunDirectory:
         run.write_text("config.yaml", parser.dump(config.clone(), skip_validation=True))
         run.write_command()
         run.write_env()
-        built = parser.instantiate_classes(config)
+        built = instantiate(parser, config)
         train(built, run)
         export_run(built, run)
     return run
@@ -156,6 +156,10 @@ def train(built: Namespace, run: RunDirectory) -> None:
 def _quiet_lightning() -> None:
     """Leave out Lightning's notices that do not apply to a run with its own cursor and checkpoints."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`.*")
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero.*")
+    warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message="Found .* module.s. in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*Experiment logs directory .* exists.*")
     warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")

@@ -20,12 +20,12 @@ def main(arguments: list[str]) -> int:
     from lit_personalize.cli.console import configure_logging, emit
 
     configure_logging()
-    from lit_personalize.configuration import parse
+    from lit_personalize.configuration import instantiate, parse
 
     given = [part for config in options.config for part in ("-c", config)]
     parser_, config = parse(given)
     del config["model"]  # reading pictures needs no base
-    data = parser_.instantiate_classes(config).data
+    data = instantiate(parser_, config).data
     try:
         data.setup("fit")
     finally:

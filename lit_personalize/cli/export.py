@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> int:
     if not (options.run / "config.yaml").is_file():
         raise DataError(f"{options.run} is not a run directory: it has no config.yaml")
     configure_logging()
-    from lit_personalize.configuration import parse
+    from lit_personalize.configuration import instantiate, parse
     from lit_personalize.fitting import export_run
     from lit_personalize.run_directory import RunDirectory
 
@@ -28,6 +28,6 @@ def main(arguments: list[str]) -> int:
     config.export.verify = not options.no_verify
     run = RunDirectory(options.run.parent, options.run.name)
     with run.lock():
-        export_run(parser_.instantiate_classes(config), run)
+        export_run(instantiate(parser_, config), run)
     where_things_are(run.path, sys.stdout)
     return 0
