@@ -105,7 +105,12 @@ class PersonalizationData(pl.LightningDataModule):
         self._base = ""
         self._ids: dict[str, tuple[Tensor, ...]] = {}
         self._expected: dict[str, Any] | None = None
+        self._loader: StepLoader[Slot] | None = None
+        self._cursor: dict[str, int] | None = None
         self._refuse_moving_cache()
+        if not any(concept.held_out for concept in concepts):
+            # Lightning validates where the hook is overridden; without held-out pictures it is not.
+            self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
 
     def bind(
         self,
@@ -222,7 +227,16 @@ class PersonalizationData(pl.LightningDataModule):
         """Loader of this rank, resumable at every step."""
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
         slots = functools.partial(_slots, self.order, rank, world_size)
-        return StepLoader(slots, self._draw_function(), self.collate, self.steps, 0 if self.cache else self.num_workers)
+        workers = 0 if self.cache else self.num_workers
+        self._loader = StepLoader(slots, self._draw_function(), self.collate, self.steps, workers)
+        if self._cursor is not None:
+            self._loader.load_state_dict(self._cursor)
+        return self._loader
+
+    def teardown(self, stage: str | None = None) -> None:
+        """End the worker processes."""
+        if self._loader is not None:
+            self._loader.close()
 
     def _draw_function(self) -> functools.partial[Drawn]:
         # Workers get the pictures and the geometry, but not the base.
@@ -278,10 +292,8 @@ class PersonalizationData(pl.LightningDataModule):
             self._ids.update(zip(new, zip(*self._text.tokenize(new), strict=True), strict=True))
         return tuple(torch.stack(rows) for rows in zip(*(self._ids[caption] for caption in captions), strict=True))
 
-    def val_dataloader(self) -> FixedLoader | list[Any]:
-        """Held-out pictures, the same views every time; an empty list where none are held out."""
-        if not self.held_out:
-            return []
+    def val_dataloader(self) -> FixedLoader:
+        """Held-out pictures, the same views every time."""
         return FixedLoader(self._validation, -(-len(self.held_out) // self.batch_size))
 
     def _validation(self) -> Iterator[dict[str, Any]]:
@@ -309,16 +321,22 @@ class PersonalizationData(pl.LightningDataModule):
         }  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint notes of the data: its hash, its files, and the options that decide batches."""
-        names = {Path(s.name).name: s.record.sha256 if s.record else "" for s in self.samples}
-        return {"dataset": self.dataset_hash, "files": names, "options": self._options()}
+        """What a checkpoint notes of the data: its hash, its files, the options that decide batches, the cursor.
+
+        Lightning keeps the state of loaders, too, but does not give it back in a run that was resumed at the
+        end of an epoch and then again within the next.
+        """
+        files = {f"{_place(s)}/{Path(s.name).name}": s.record.sha256 if s.record else "" for s in self.samples}
+        cursor = self._loader.state_dict() if self._loader is not None else None
+        return {"dataset": self.dataset_hash, "files": files, "options": self._options(), "cursor": cursor}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that training goes on with the data it began with.
+        """Take up the cursor, and check that training goes on with the data it began with.
 
         Raises:
             DataError: Pictures or captions changed; it names some of them.
         """
+        self._cursor = state_dict["cursor"]
         if not self.samples:
             self._expected = state_dict
             return
@@ -357,6 +375,10 @@ def _draw(samples: Sequence[Sample], geometry: Geometry, with_pixels: bool, slot
     sample = samples[slot.sample]
     shot = decide(sample, slot, geometry)
     return slot, shot, torch.from_numpy(pixels_of(sample, shot)) if with_pixels else None
+
+
+def _place(sample: Sample) -> str:
+    return f"concept {sample.concept}" if sample.role == INSTANCE else f"regularization {sample.concept}"
 
 
 def _with_crop(record: manifest.Record, sample: Sample, geometry: Geometry) -> manifest.Record:

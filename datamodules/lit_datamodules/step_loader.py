@@ -8,7 +8,8 @@ handed out, not when a worker prepares it: at a step boundary nothing is lost or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -71,25 +72,47 @@ class StepLoader(Generic[S]):
         """Next step to hand out, over all epochs."""
         self._in_epoch = 0
         self._restored = False
+        self._draw = draw
+        self._num_workers = num_workers
         self._steps = _Steps(slots_of_step)
-        self._loader: DataLoader[Item] = DataLoader(
-            _Items(draw), batch_sampler=self._steps, num_workers=num_workers, collate_fn=_as_list,  # type: ignore[arg-type]
-            persistent_workers=num_workers > 0, generator=torch.Generator(),
-        )  # fmt: skip
+        self._loader: DataLoader[Item] | None = None
+        self._running: weakref.ref[Generator[Batch, None, None]] | None = None
 
     def __len__(self) -> int:
         return self.steps_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:
+        running = self._epoch()
+        self._running = weakref.ref(running)
+        return running
+
+    def _epoch(self) -> Generator[Batch, None, None]:
         if not (self._restored and self._in_epoch < self.steps_per_epoch):
             self._in_epoch = 0
         self._restored = False
         self._steps.start, self._steps.stop = self.cursor, self.cursor + self.steps_per_epoch - self._in_epoch
+        if self._loader is None:
+            # A generator of its own, because a loader without one draws from the global generator.
+            self._loader = DataLoader(
+                _Items(self._draw), batch_sampler=self._steps, num_workers=self._num_workers, collate_fn=_as_list,  # type: ignore[arg-type]
+                persistent_workers=self._num_workers > 0, generator=torch.Generator(),
+            )  # fmt: skip
         for items in self._loader:
             batch = self.finish(items)
             self.cursor += 1
             self._in_epoch += 1
             yield batch
+
+    def close(self) -> None:
+        """End the worker processes; a later iteration starts them again.
+
+        Left to the garbage collector, which finalizes queues before workers, each would be waited for seconds.
+        """
+        running = self._running() if self._running is not None else None
+        if running is not None:
+            running.close()
+        del running
+        self._loader = None
 
     def state_dict(self) -> dict[str, int]:
         return {"cursor": self.cursor, "in_epoch": self._in_epoch}
