@@ -165,7 +165,10 @@ UNKNOWN = (
     re.compile(r"Group '.*?' does not accept (?:nested )?key '([\w.]+)'"),
     re.compile(r"No action for key \"([\w.]+)\""),
     re.compile(r"does not accept nested key '([\w.]+)'"),
+    re.compile(r"Option '([\w.]+)' is not accepted"),
 )
+KEY = re.compile(r'Parser key "([\w.]+)":')
+EXPECTED = re.compile(r"Expected an? (?:<class ')?([\w.\[\], |]+?)(?:'>)?\. Got value: (.*)")
 
 
 def explain(message: str) -> str:
@@ -174,9 +177,13 @@ def explain(message: str) -> str:
         if match := pattern.search(message):
             key = match[1]
             return f"unknown key {key!r}{suggestion(key, known_keys())}"
+    keys = KEY.findall(message)
+    if keys and (wrong := EXPECTED.search(message)):
+        key = ".".join(dict.fromkeys(keys))
+        return f"{key} must be {wrong[1]}, not {wrong[2]}"
+    noise = ("Expected a <class 'NoneType'>", "Does not validate", "Subtypes:", "Errors:", "Given value", "Problem")
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    useful = [line for line in lines if not line.startswith(("Expected a NoneType", "Does not validate against any"))]
-    return " ".join(dict.fromkeys(useful[:4])) or message
+    return " ".join(dict.fromkeys(line for line in lines if not line.startswith(noise))) or message
 
 
 def suggestion(key: str, known: Iterable[str]) -> str:

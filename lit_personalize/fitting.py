@@ -116,6 +116,7 @@ def prepare_data(built: Namespace, run: RunDirectory) -> None:
 
         data.bind(base, base, draw, base.fingerprint)
     try:
+        data.prepare_data()
         data.setup("fit")
     finally:
         if hasattr(data, "write_manifest"):
@@ -158,7 +159,7 @@ def _quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`.*")
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero.*")
-    warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging.*")
     warnings.filterwarnings("ignore", message="Found .* module.s. in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*Experiment logs directory .* exists.*")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 Family = Literal["sd1", "sd2", "sd2-v", "sdxl"]
-WORDS = ("a", "an", "the", "photo", "picture", "of", "cat", "dog", "toy", "red", "blue", "on", "beach", "in", "style", "ktn", "pll")
+WORDS = tuple("a an the photo picture of cat dog toy red blue on beach in style ktn pll".split())
 
 
 def write_tiny_base(folder: Path, family: Family = "sd1", seed: int = 0) -> Path:

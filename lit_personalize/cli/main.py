@@ -10,9 +10,11 @@ from collections.abc import Sequence
 
 # verb -> module of lit_personalize.cli, one line of help
 VERBS: dict[str, tuple[str, str]] = {
+    "quickstart": ("quickstart", "learn a subject of the embedded world in a few minutes"),
     "init": ("init", "write a run.yaml for a folder of pictures"),
     "fit": ("fit", "train, export, verify; the same command continues"),
     "sample": ("sample", "draw pictures with a base and adapters"),
+    "evaluate": ("evaluate", "measure fidelity, alignment and drift of an adapter"),
     "export": ("export", "write adapter files of a run again, in other formats"),
     "verify": ("verify", "reload an adapter file through the stock client and compare"),
     "inspect": ("inspect", "show keys, ranks, tokens and metadata of an adapter file"),

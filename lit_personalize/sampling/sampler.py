@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -121,3 +122,28 @@ def generate(
     parts = [base.decode(latents[i : i + options.batch_size]) for i in range(0, len(latents), options.batch_size)]
     pixels = ((torch.cat(parts) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def sample(
+    prompts: Sequence[str],
+    base: str = "tinyworld",
+    adapters: Sequence[str | Path] = (),
+    seeds: Sequence[int] = (0,),
+    options: SamplingOptions | None = None,
+    resolution: int | None = None,
+) -> np.ndarray:
+    """Load a base and adapter files, and draw every prompt with every seed.
+
+    Returns:
+        uint8 `[len(prompts) · len(seeds), H, W, 3]`, prompts outermost.
+
+    Raises:
+        DataError: The base or an adapter file is missing, damaged, or made for another base.
+    """
+    from lit_personalize.backbones.loading import load_base
+    from lit_personalize.export.loading import load_adapter
+
+    loaded = load_base(base)
+    attached = [load_adapter(Path(path), loaded) for path in adapters]
+    asked = [prompt for prompt in prompts for _ in seeds]
+    return generate(loaded, asked, list(seeds) * len(prompts), attached, options, resolution)

@@ -65,10 +65,10 @@ def build(out: Path, budget: str | None = None, options: BuildOptions | None = N
         budget: Wall-clock limit such as "150m"; None trains the full number of steps.
     """
     from lit_personalize.tinyworld.autoencoder import encode_pictures, train_autoencoder
+    from lit_personalize.tinyworld.card import write_card
     from lit_personalize.tinyworld.clip import train_clip
     from lit_personalize.tinyworld.diffusion import save_pipeline, train_diffusion
     from lit_personalize.tinyworld.reader import train_reader
-    from lit_personalize.tinyworld.score import write_card
     from lit_personalize.tinyworld.tokenizer import build_tokenizer
 
     options = options or BuildOptions()

@@ -1,0 +1,96 @@
+"""Feature extractors from local directories: uint8 pictures `[N, H, W, 3]` to fp32 features `[N, d]`.
+
+Every metric is a function of such matrices. Nothing is fetched: a missing directory is an error that
+names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lit_personalize.errors import DataError
+
+
+def _directory(path: str | Path, what: str) -> Path:
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{what} directory {folder} has no config.json; give a local transformers model directory")
+    return folder
+
+
+def _load(kind: Any, folder: Path, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot load {kind.__name__} from {folder}: {error}") from error
+
+
+def _projected(out: Any) -> Tensor:
+    """transformers 5 returns an object where earlier releases returned the projected features."""
+    return out if isinstance(out, Tensor) else out.pooler_output
+
+
+class Clip:
+    """Image and text features of a local `CLIPModel` directory (Radford et al., 2021), in the shared space."""
+
+    def __init__(self, path: str | Path, batch: int = 64):
+        from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
+
+        folder = _directory(path, "CLIP")
+        self.model = _load(CLIPModel, folder, dtype=torch.float32).eval()
+        self.processor = _load(AutoImageProcessor, folder)
+        self.tokenizer = _load(CLIPTokenizer, folder)
+        self.batch = batch
+        self.name = folder.name
+
+    @torch.no_grad()
+    def images(self, pictures: np.ndarray) -> Tensor:
+        """fp32 `[N, d]`, not normalised."""
+        parts = []
+        for start in range(0, len(pictures), self.batch):
+            chunk = [Image.fromarray(p) for p in pictures[start : start + self.batch]]
+            pixels = self.processor(images=chunk, return_tensors="pt")["pixel_values"]
+            parts.append(_projected(self.model.get_image_features(pixel_values=pixels)))
+        return torch.cat(parts).float()
+
+    @torch.no_grad()
+    def texts(self, captions: Sequence[str]) -> Tensor:
+        """fp32 `[N, d]`, not normalised."""
+        encoded = self.tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
+        mask = encoded.get("attention_mask")
+        return _projected(self.model.get_text_features(input_ids=encoded["input_ids"], attention_mask=mask)).float()
+
+
+class Dino:
+    """The class token after the final norm of any local ViT or DINO directory (Caron et al., 2021)."""
+
+    def __init__(self, path: str | Path, batch: int = 64):
+        from transformers import AutoImageProcessor, AutoModel
+
+        folder = _directory(path, "ViT")
+        self.model = _load(AutoModel, folder, dtype=torch.float32).eval()
+        self.processor = _load(AutoImageProcessor, folder)
+        self.batch = batch
+        self.name = folder.name
+
+    @torch.no_grad()
+    def images(self, pictures: np.ndarray) -> Tensor:
+        """fp32 `[N, d]`."""
+        parts = []
+        for start in range(0, len(pictures), self.batch):
+            chunk = [Image.fromarray(p) for p in pictures[start : start + self.batch]]
+            pixels = self.processor(images=chunk, return_tensors="pt")["pixel_values"]
+            parts.append(self.model(pixel_values=pixels).last_hidden_state[:, 0])
+        return torch.cat(parts).float()
+
+
+def pixel_features(pictures: np.ndarray) -> Tensor:
+    """The pixels themselves in [-1, 1], flattened: `[N, H·W·3]`."""
+    return torch.from_numpy(pictures.reshape(len(pictures), -1).astype(np.float32) / 127.5 - 1)

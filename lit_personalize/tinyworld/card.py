@@ -1,0 +1,139 @@
+"""The card of the embedded base: what it draws for captions it never saw, read by the reader.
+
+Every figure is measured by this file: the base's pictures, real renders of the same scenes (the
+reader's own ceiling) and VAE reconstructions of those renders (the ceiling of the latents).
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from lit_personalize.backbones.base import Base
+from lit_personalize.backbones.loading import load_base
+from lit_personalize.sampling.sampler import SamplingOptions, generate
+from lit_personalize.tinyworld.autoencoder import psnr, reconstruct
+from lit_personalize.tinyworld.captions import caption
+from lit_personalize.tinyworld.dataset import sample_pictures
+from lit_personalize.tinyworld.scene import Kind, Scene, Thing
+from lit_personalize.tinyworld.training import Log
+
+COUNTS: dict[Kind, int] = {"object": 240, "critter": 160, "person": 100, "pair": 100, "sign": 100}
+OPTIONS = SamplingOptions(steps=25, guidance=4.0, batch_size=32)
+
+
+def test_scenes(counts: dict[Kind, int], seed: int = 1000) -> tuple[list[Scene], np.ndarray]:
+    """Scenes whose combination the base never saw, in plain photo style, and their real renders."""
+    scenes: list[Scene] = []
+    pixels = []
+    for kind, count in counts.items():
+        made = sample_pictures(3 * count, seed, split="test", kind=kind)
+        plain = [i for i, scene in enumerate(made.scenes) if scene.style == "photo"][:count]
+        scenes += [made.scenes[i] for i in plain]
+        pixels.append(made.pixels[plain])
+    return scenes, np.concatenate(pixels)
+
+
+def measure(base: Base, reader_dir: Path, counts: dict[Kind, int] | None = None, log: Log = print) -> dict[str, Any]:
+    """Score the base on unseen combinations, beside the two ceilings."""
+    from lit_personalize.tinyworld.reader import Reader
+    from lit_personalize.tinyworld.score import score_pictures
+
+    reader = Reader.load(reader_dir)
+    scenes, real = test_scenes(counts or COUNTS)
+    log(f"drawing {len(scenes)} captions: {OPTIONS.steps} DDIM steps, guidance {OPTIONS.guidance}")
+    drawn = generate(base, [caption(s) for s in scenes], list(range(len(scenes))), options=OPTIONS)
+    rebuilt = reconstruct(base.vae, real)
+    return {
+        "base": score_pictures(drawn, scenes, reader),
+        "real": score_pictures(real, scenes, reader),
+        "vae": score_pictures(rebuilt, scenes, reader),
+        "vae_psnr_db": round(psnr(real, rebuilt), 2),
+        "captions": len(scenes),
+        "steps": OPTIONS.steps,
+        "guidance": OPTIONS.guidance,
+    }
+
+
+def showcase() -> list[Scene]:
+    """Sixty-four scenes for the picture: eight rows of one kind each."""
+    rng = np.random.default_rng(64)
+    shapes = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "diamond")
+    colors = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black")
+    grounds = ("blue", "white", "yellow", "black", "orange", "gray", "brown", "pink")
+    rows: list[Scene] = [
+        Scene("object", (Thing(s, c),), background=g) for s, c, g in zip(shapes, colors, grounds, strict=True)
+    ]
+    textured = [
+        ("hexagon", "striped"), ("oval", "dotted"), ("circle", "checkered"), ("heart", "striped"),
+        ("square", "dotted"), ("diamond", "checkered"), ("crescent", "striped"), ("arrow", "dotted"),
+    ]  # fmt: skip
+    places = ("beach", "forest", "snow", "night", "desert", "city", "meadow", "sea")
+    tones = ("red", "orange", "purple", "pink", "blue", "yellow", "brown", "white")
+    rows += [Scene("object", (Thing(s, c, t),), background="white" if c != "white" else "blue")
+             for (s, t), c in zip(textured, tones, strict=True)]  # fmt: skip
+    rows += [Scene("object", (Thing(s, c),), background=p)
+             for s, c, p in zip(reversed(shapes), ("pink", "red", "purple", "orange", "red", "green", "red", "orange"),
+                                places, strict=True)]  # fmt: skip
+    for kind, count in (("critter", 16), ("person", 8), ("sign", 8), ("pair", 8)):
+        made = sample_pictures(4 * count, int(rng.integers(1 << 30)), split="test", kind=kind)  # type: ignore[arg-type]
+        rows += [scene for scene in made.scenes if scene.style == "photo"][:count]
+    return rows
+
+
+def captioned_grid(pictures: np.ndarray, captions: list[str], columns: int = 8, zoom: int = 2) -> Image.Image:
+    """Pictures `[N, H, W, 3]` with their captions wrapped below them."""
+    side, text = pictures.shape[1] * zoom, 44
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (side + 8) + 8, rows * (side + text) + 8), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
+    for i, (pixels, words) in enumerate(zip(pictures, captions, strict=True)):
+        x, y = 8 + (i % columns) * (side + 8), 8 + (i // columns) * (side + text)
+        sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), (x, y))
+        line, lines = "", []
+        for word in words.split():
+            if draw.textlength(f"{line} {word}", font) > side and line:
+                lines.append(line)
+                line = word
+            else:
+                line = f"{line} {word}".strip()
+        for n, part in enumerate([*lines, line][:3]):
+            draw.text((x, y + side + 1 + 12 * n), part, fill="black", font=font)
+    return sheet
+
+
+def table(card: dict[str, Any]) -> str:
+    """The card's scores as a Markdown table, in percent."""
+    rows = ["| balanced accuracy (%) | base | VAE ceiling | real renders |", "| --- | --- | --- | --- |"]
+    for name, value in card["base"].items():
+        rows.append(f"| {name} | {100 * value:.1f} | {100 * card['vae'][name]:.1f} | {100 * card['real'][name]:.1f} |")
+    return "\n".join(rows)
+
+
+def write_card(
+    out: Path, docs: Path | None = None, counts: dict[Kind, int] | None = None, log: Log = print
+) -> dict[str, Any]:
+    """Measure `<out>/base` with `<out>/reader`; write `<out>/card.json` and, with `docs`, page and picture."""
+    base = load_base(out / "base")
+    card = measure(base, out / "reader", counts, log)
+    sizes = {p.name: sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) for p in out.iterdir() if p.is_dir()}
+    card |= {
+        "version": "tinyworld-v1",
+        "fingerprint": base.fingerprint,
+        "date": datetime.now(UTC).date().isoformat(),
+        "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in base.components().items()},
+        "bytes": {name: size for name, size in sizes.items() if not name.startswith(".")},
+    }
+    (out / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    if docs is not None:
+        scenes = showcase()
+        captions = [caption(scene) for scene in scenes]
+        pictures = generate(base, captions, list(range(len(scenes))), options=OPTIONS)
+        captioned_grid(pictures, captions).save(docs / "tinyworld.png")
+        (docs / "tinyworld_scores.md").write_text(table(card) + "\n", encoding="utf-8")
+    return card

@@ -1,0 +1,106 @@
+"""Subjects that the base has never seen, for personalization to learn: a table of fixed identities.
+
+A subject is a class that the base knows (a base shape, or a critter) with attributes held out of its
+training: a held-out colour and texture on a base shape, or a body and a set of parts of its own.
+`subject_pictures` shows it on varied backgrounds, at varied places and sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lit_personalize.tinyworld import vocabulary as v
+from lit_personalize.tinyworld.dataset import Pictures
+from lit_personalize.tinyworld.render import render
+from lit_personalize.tinyworld.scene import Scene, Thing, contrasting
+
+# Shapes with room for a texture.
+ROOMY_SHAPES = ("circle", "square", "triangle", "heart", "hexagon", "diamond", "oval")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One identity; `attributes` are what the reader can read of it, by head."""
+
+    name: str
+    class_noun: str
+    attributes: dict[str, str] = field(hash=False)
+    second_color: str = "white"
+    critter_parts: tuple[str, ...] = ()
+    body: tuple[float, ...] = ()
+
+    @property
+    def is_critter(self) -> bool:
+        return self.class_noun == "critter"
+
+    def scene(self, background: str, rng: np.random.Generator) -> Scene:
+        """The subject at a random place before a background."""
+        seed = int(rng.integers(2**31))
+        if self.is_critter:
+            return Scene("critter", background=background, color=self.attributes["color"],
+                         attributes=self.critter_parts, body=self.body, seed=seed)  # fmt: skip
+        radius = float(rng.uniform(0.25, 0.36))
+        slack = 0.5 * (0.47 - radius)
+        thing = Thing(
+            self.attributes["shape"], self.attributes["color"], self.attributes["texture"], self.second_color, "medium",
+            0.5 + float(rng.uniform(-slack, slack)), 0.5 + float(rng.uniform(-slack, slack)), radius,
+            float(rng.uniform(-0.12, 0.12)),
+        )  # fmt: skip
+        return Scene("object", things=(thing,), background=background, seed=seed)
+
+    def backgrounds(self) -> list[str]:
+        """Plain colours from which both colours of the subject stand out."""
+        clear = contrasting(self.attributes["color"])
+        if self.is_critter:
+            return clear
+        return [name for name in clear if name != self.second_color and name in contrasting(self.second_color)]
+
+
+def _object_subjects() -> list[Subject]:
+    found = []
+    for i, shape in enumerate(ROOMY_SHAPES):
+        for j, texture in enumerate(v.HELD_OUT_TEXTURES):
+            for step in (0, 2):
+                color = tuple(v.HELD_OUT_COLORS)[(i + j + step) % len(v.HELD_OUT_COLORS)]
+                second = "white" if "white" in contrasting(color) else "black"
+                looks = {"shape": shape, "color": color, "texture": texture}
+                found.append(Subject(f"{color}-{texture}-{shape}", shape, looks, second))
+    return found
+
+
+def _critter_subjects(count: int = 24) -> list[Subject]:
+    found = []
+    for i in range(count):
+        rng = np.random.default_rng([24, i])
+        parts = tuple(a for a in v.CRITTER_ATTRIBUTES if rng.random() < 0.4) or ("horns",)
+        color = [c for c in v.COLORS if c not in ("black", "white")][int(rng.integers(10))]
+        body = tuple(round(float(x), 3) for x in rng.uniform(0, 1, len(v.CRITTER_BODY)))
+        shown = {f"critter_{a}": "present" if a in parts else "absent" for a in v.CRITTER_ATTRIBUTES}
+        found.append(Subject(f"critter-{i:02d}", "critter", {"color": color, **shown}, "white", parts, body))
+    return found
+
+
+HELD_OUT_CONCEPTS: dict[str, Subject] = {s.name: s for s in (*_object_subjects(), *_critter_subjects())}
+QUICKSTART_SUBJECT = HELD_OUT_CONCEPTS["lime-zigzag-circle"]
+SUBJECTS_FOR_SCIENCE: tuple[str, ...] = (
+    "lime-zigzag-circle", "navy-halved-oval", "maroon-framed-hexagon", "olive-zigzag-heart", "critter-03",
+    "critter-11",
+)  # fmt: skip
+
+
+def subject_pictures(
+    subject: Subject | str, count: int, seed: int = 0, backgrounds: tuple[str, ...] | None = None, size: int = 64
+) -> Pictures:
+    """Render `count` pictures of one subject, on its backgrounds in turn or on those given.
+
+    Raises:
+        KeyError: No subject has that name.
+    """
+    if isinstance(subject, str):
+        subject = HELD_OUT_CONCEPTS[subject]
+    rng = np.random.default_rng([seed, 5])
+    pool = list(backgrounds) if backgrounds else [str(b) for b in rng.permutation(subject.backgrounds())]
+    scenes = [subject.scene(pool[i % len(pool)], rng) for i in range(count)]
+    return Pictures(np.stack([render(scene, size) for scene in scenes]), scenes)
