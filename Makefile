@@ -13,13 +13,12 @@ TORCH_INDEX ?=
 EXTRAS ?= dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST_ARGS ?=
-BUDGET ?= 60m
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all lint types science clean
+.PHONY: help install quickstart test test-all lint types clean
 
 help:
-	@echo "make quickstart | test | test-all | lint | types | science | clean   (TORCH_INDEX, PYTEST_ARGS, BUDGET)"
+	@echo "make quickstart | test | test-all | lint | types | clean   (TORCH_INDEX, PYTEST_ARGS)"
 
 install: $(INSTALLED)
 
@@ -48,10 +47,6 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	@$(BIN)/mypy
-
-# Resumable: finished cells are kept, missing ones are measured until BUDGET is spent.
-science: $(INSTALLED)
-	@$(BIN)/python -m lit_personalize.report.science --budget $(BUDGET)
 
 # Keeps runs/: trainings are yours.
 clean:
