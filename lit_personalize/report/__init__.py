@@ -1,0 +1,1 @@
+"""Tables that are measured by code."""

@@ -1,0 +1,204 @@
+"""The matrix of methods x subjects x seeds on the embedded world, resumable, one JSON file per cell.
+
+A cell is named by a hash of its recipe, the base's fingerprint, the subject and the seed: a changed
+recipe or base makes new cells, finished ones are never repeated, missing ones print as missing.
+
+    python -m lit_personalize.report.science [--budget 60m] [--out docs/science]
+
+The first seed of every method comes first, so that a short budget still compares all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lit_personalize.backbones.fingerprint import fingerprint_of
+from lit_personalize.backbones.loading import resolve
+from lit_personalize.tinyworld.concepts import HELD_OUT_CONCEPTS, SUBJECTS_FOR_SCIENCE, Subject, subject_pictures
+
+SEEDS = (0, 1, 2)
+TOKEN = "<new1>"
+GROUNDS = ("red", "blue", "black", "orange", "pink", "purple", "gray", "cyan")
+PLACES = {"beach": "on the beach", "forest": "in the forest", "snow": "in the snow", "night": "at night"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A recipe and what differs from it."""
+
+    recipe: str
+    regularization: str = "shards"  # shards, generated or none
+    changes: tuple[str, ...] = ()
+
+
+METHODS: dict[str, Method] = {
+    "Custom Diffusion": Method("custom_diffusion/tinyworld"),
+    "DreamBooth-LoRA": Method("dreambooth_lora/tinyworld", "generated"),
+    "Textual Inversion": Method("textual_inversion/tinyworld", "none"),
+    "Custom Diffusion, no regularization": Method("custom_diffusion/tinyworld", "none"),
+    "Custom Diffusion, generated set": Method("custom_diffusion/tinyworld", "generated"),
+    "Custom Diffusion, no augmentation": Method(
+        "custom_diffusion/tinyworld", "shards", ("--data.init_args.augmentation", "none")
+    ),
+}
+
+
+def prompts_of(subject: Subject) -> list[tuple[str, str]]:
+    """Unseen prompts and the background that each asks for."""
+    plain = [(f"a {TOKEN} {subject.class_noun} on a {g} background", g) for g in GROUNDS if g in subject.backgrounds()]
+    return plain + [(f"a {TOKEN} {subject.class_noun} {phrase}", name) for name, phrase in PLACES.items()]
+
+
+def cell_id(method: str, subject: str, seed: int, fingerprint: str) -> str:
+    from lit_personalize.recipe_files import RECIPES
+
+    entry = METHODS[method]
+    recipe = (RECIPES / f"{entry.recipe}.yaml").read_text(encoding="utf-8")
+    text = json.dumps([recipe, entry.regularization, entry.changes, fingerprint, subject, seed])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def cells() -> Iterator[tuple[str, str, int]]:
+    """All cells; one seed of every method and subject before the next seed."""
+    for seed in SEEDS:
+        for subject in SUBJECTS_FOR_SCIENCE:
+            for method in METHODS:
+                yield method, subject, seed
+
+
+def run_cell(method: str, name: str, seed: int, weights: Path, steps: int | None = None) -> dict[str, Any]:
+    """Train one subject with one method and measure it."""
+    from lit_personalize.fitting import fit
+    from lit_personalize.tinyworld import dataset
+
+    subject, entry = HELD_OUT_CONCEPTS[name], METHODS[method]
+    noun = subject.class_noun
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        dataset.write_folder(subject_pictures(subject, 5, seed), work / "photos")
+        for extra in [*(work / "photos").glob("*.txt"), *(work / "photos").glob("*.json")]:
+            extra.unlink()
+        token = "" if "dreambooth" in entry.recipe else f", token: {TOKEN}"
+        prompt = f"photo of a sks {noun}" if "dreambooth" in entry.recipe else "photo of a {token} {class}"
+        concept = f'{{path: {work / "photos"}, class_noun: {noun}{token}, prompt: "{prompt}"}}'
+        arguments = ["-c", entry.recipe, "--name", "cell", "--root", folder,
+                     "--data.init_args.concepts", f"[{concept}]",
+                     "--model.init_args.seed", str(seed), "--data.init_args.seed", str(seed),
+                     "--export.formats", "[diffusers]", *entry.changes]  # fmt: skip
+        if entry.regularization == "shards":
+            dataset.write_shards(dataset.sample_pictures(200, seed + 50), work / "reg")
+            given = f'[{{shards: "{work / "reg" / "00000.tar"}"}}]'
+            arguments += ["--data.init_args.regularization", given]
+        elif entry.regularization == "generated":
+            given = f'[{{generate: 100, prompt: "photo of a {noun}", cache: {work / "generated"}}}]'
+            arguments += ["--data.init_args.regularization", given]
+        if steps is not None:
+            arguments += ["--trainer.max_steps", str(steps)]
+        run = fit(arguments)
+        figures = measure(subject, run.path, weights, seed, "sks" if "dreambooth" in entry.recipe else TOKEN)
+    return {"method": method, "subject": name, "seed": seed, **figures, "seconds": round(time.monotonic() - started)}
+
+
+def measure(subject: Subject, run: Path, weights: Path, seed: int, word: str) -> dict[str, float]:
+    """What the pictures of unseen prompts show, and how far class pictures moved."""
+    from lit_personalize.backbones.loading import load_base
+    from lit_personalize.export.loading import load_adapter
+    from lit_personalize.metrics import alignment
+    from lit_personalize.metrics.features import Clip
+    from lit_personalize.metrics.kernel_distance import mmd2
+    from lit_personalize.sampling.sampler import SamplingOptions, generate
+    from lit_personalize.tinyworld.reader import Reader
+
+    base = load_base("tinyworld")
+    adapter = load_adapter(run / "exports", base)
+    options = SamplingOptions(steps=25, guidance=4.0, batch_size=16)
+    asked = prompts_of(subject)
+    prompts = [prompt.replace(TOKEN, word) for prompt, _ in asked] * 2
+    seeds = [1000 * seed + i for i in range(len(prompts))]
+    drawn = generate(base, prompts, seeds, [adapter], options)
+    readings = Reader.load(weights / "reader").read(drawn)
+    wanted = [ground for _, ground in asked] * 2
+    shown = [np.mean([r[head] == value for head, value in subject.attributes.items()]) for r in readings]
+    clip = Clip(weights / "clip")
+    own = clip.images(drawn)
+    training = clip.images(subject_pictures(subject, 5, seed).pixels)
+    unseen = clip.images(subject_pictures(subject, 24, seed + 999).pixels)
+    plain = [alignment.without_token(p, word) for p in prompts]
+    noun = f"a photo of a {subject.class_noun}"
+    class_with = clip.images(generate(base, [noun] * 32, list(range(32)), [adapter], options))
+    class_base = clip.images(generate(base, [noun] * 32, list(range(100, 132)), None, options))
+    return {
+        "attributes": float(np.mean(shown)),
+        "all attributes": float(np.mean([s == 1 for s in shown])),
+        "background": float(np.mean([r["background"] == g for r, g in zip(readings, wanted, strict=True)])),
+        "CLIP-I": alignment.image_alignment(own, training),
+        "CLIP-I oracle": alignment.image_alignment(unseen, training),
+        "CLIP-T normalised": alignment.normalised_text_alignment(own, clip.texts(plain)),
+        "KID x 1000, class prompt": 1000 * mmd2(class_with, class_base, "kid"),
+        "nearest training picture": alignment.nearest_similarity(own, training),
+        "nearest, real unseen": alignment.nearest_similarity(unseen, training),
+    }
+
+
+def table(found: dict[tuple[str, str, int], dict[str, Any]]) -> str:
+    """Mean and 95 % bootstrap interval over the cells of each method; missing cells are counted."""
+    from lit_personalize.metrics.alignment import interval
+
+    names = ["attributes", "all attributes", "background", "CLIP-I", "CLIP-T normalised", "KID x 1000, class prompt"]
+    lines = ["| method | cells | " + " | ".join(names) + " |", "| --- " * (len(names) + 2) + "|"]
+    total = len(SUBJECTS_FOR_SCIENCE) * len(SEEDS)
+    for method in METHODS:
+        rows = [cell for (m, _, _), cell in found.items() if m == method]
+        values = []
+        for name in names:
+            if not rows:
+                values.append("missing")
+                continue
+            column = torch.tensor([row[name] for row in rows])
+            low, high = interval(column)
+            values.append(f"{float(column.mean()):.3f} [{low:.3f}, {high:.3f}]")
+        lines.append(f"| {method} | {len(rows)}/{total} | " + " | ".join(values) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    from lit_personalize.cli.console import configure_logging
+    from lit_personalize.tinyworld.build import committed_weights, seconds_of
+
+    parser = argparse.ArgumentParser(description="Measure the methods on the embedded world.")
+    parser.add_argument("--budget", default="60m", help="wall-clock limit; a started cell is finished")
+    parser.add_argument("--out", type=Path, default=Path("docs/science"))
+    options = parser.parse_args()
+    configure_logging()
+    end = time.monotonic() + seconds_of(options.budget)
+    fingerprint = fingerprint_of(resolve("tinyworld"))
+    options.out.mkdir(parents=True, exist_ok=True)
+    found: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for method, subject, seed in cells():
+        path = options.out / f"{cell_id(method, subject, seed, fingerprint)}.json"
+        if not path.exists() and time.monotonic() < end:
+            print(f"{method}, {subject}, seed {seed}", file=sys.stderr, flush=True)
+            path.write_text(json.dumps(run_cell(method, subject, seed, committed_weights()), indent=2) + "\n")
+        if path.exists():
+            found[method, subject, seed] = json.loads(path.read_text(encoding="utf-8"))
+    text = table(found)
+    (options.out / "README.md").write_text(f"# Methods on the embedded world (base {fingerprint})\n\n{text}")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
