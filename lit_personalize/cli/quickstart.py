@@ -1,7 +1,7 @@
 """`litp quickstart`: the whole way on the embedded base, from five pictures to verified files.
 
-A subject that the base has never seen (its colour and texture are held out of the base's training)
-is learned with Custom Diffusion, beside a regularization set. Everything stays in one folder.
+A critter of its own shape and parts, which the base has never seen, is learned with Custom Diffusion
+from five pictures, beside a regularization set. Everything stays in one folder.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     from rich.table import Table
 
     table = Table(title="what the pictures show, read by the reader", title_justify="left")
-    for column in ("prompts never trained", "subject's colour", "subject's texture", "class", "asked background"):
+    for column in ("backgrounds never trained", "subject's attributes", "a critter at all", "asked background"):
         table.add_column(column)
     for name, row in figures.items():
         table.add_row(name, *(f"{value:.0%}" for value in row))
@@ -59,7 +59,7 @@ def prepare(folder: Path, steps: int) -> Path:
         for extra in [*photos.glob("*.txt"), *photos.glob("*.json")]:
             extra.unlink()  # the subject is described by its token alone
     if not shards.is_dir():
-        dataset.write_shards(dataset.sample_pictures(200, seed=5, kind="object"), shards)
+        dataset.write_shards(dataset.sample_pictures(200, seed=5, kind="critter"), shards)
     if not config.exists():
         text = run_yaml("custom_diffusion", "tinyworld", photos, QUICKSTART_SUBJECT.class_noun, "<new1>",
                         str(shards / "00000.tar"), "subject", steps)  # fmt: skip
@@ -80,7 +80,8 @@ def measure(folder: Path, run: Path) -> dict[str, tuple[float, ...]]:
     from lit_personalize.tinyworld.reader import Reader
 
     subject, noun = QUICKSTART_SUBJECT, QUICKSTART_SUBJECT.class_noun
-    grounds = ("red", "blue", "white", "black", "orange", "pink", "purple", "gray")
+    shown = {scene.background for scene in subject_pictures(QUICKSTART_SUBJECT, 5, seed=0).scenes}
+    grounds = tuple(g for g in subject.backgrounds() if g not in shown)
     prompts = [f"a <new1> {noun} on a {ground} background" for ground in grounds]
     seeds = list(range(100, 100 + len(prompts)))
     options = SamplingOptions(steps=25, guidance=4.0)
@@ -95,6 +96,7 @@ def measure(folder: Path, run: Path) -> dict[str, tuple[float, ...]]:
 
 
 def _shares(readings: list, wanted: dict[str, str], grounds: tuple[str, ...]) -> tuple[float, ...]:  # type: ignore[type-arg]
-    share = [sum(r[head] == wanted[head] for r in readings) / len(readings) for head in ("color", "texture", "shape")]
-    right = sum(r["background"] == ground for r, ground in zip(readings, grounds, strict=True))
-    return (*share, right / len(readings))
+    looks = sum(r[head] == value for r in readings for head, value in wanted.items()) / (len(wanted) * len(readings))
+    kind = sum(r["kind"] == "critter" for r in readings) / len(readings)
+    right = sum(r["background"] == ground for r, ground in zip(readings, grounds, strict=True)) / len(readings)
+    return looks, kind, right

@@ -23,6 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     build = verbs.add_parser("build", help="train the embedded base from nothing; resumable")
     build.add_argument("-o", "--output", type=Path, required=True)
     build.add_argument("--budget", default=None, help="wall-clock limit: 90s, 150m, 2.5h")
+    build.add_argument("--start", type=Path, default=None, help="go on from another world's weights")
     card = verbs.add_parser("card", help="measure a built world and write its card")
     card.add_argument("world", type=Path)
     card.add_argument("--docs", type=Path, default=None, help="folder for picture and table")
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> int:
     elif options.what == "build":
         from lit_personalize.tinyworld.build import build
 
-        print(build(options.output, options.budget, log=log))
+        print(build(options.output, options.budget, start=options.start, log=log))
     else:
         from lit_personalize.tinyworld.card import table, write_card
 

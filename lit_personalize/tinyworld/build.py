@@ -10,17 +10,19 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 
 from lit_personalize.errors import UsageError
 from lit_personalize.tinyworld.dataset import Pictures, sample_pictures
 from lit_personalize.tinyworld.training import Log
 
-VERSION = "tinyworld-v1"
+VERSION = "tinyworld-v0"
 SHARES = {"vae": 0.22, "reader": 0.10, "clip": 0.08, "base": 0.55}  # the rest renders and scores
 
 
@@ -58,11 +60,18 @@ def training_pictures(folder: Path, options: BuildOptions) -> Pictures:
         return Pictures(np.load(pixels), pickle.load(stream))
 
 
-def build(out: Path, budget: str | None = None, options: BuildOptions | None = None, log: Log = print) -> Path:
+def build(
+    out: Path,
+    budget: str | None = None,
+    options: BuildOptions | None = None,
+    start: Path | None = None,
+    log: Log = print,
+) -> Path:
     """Train everything into `out` (`base/`, `clip/`, `reader/`, `card.json`) and return it.
 
     Args:
         budget: Wall-clock limit such as "150m"; None trains the full number of steps.
+        start: An earlier world: its VAE, reader and CLIP are kept, UNet and text encoder train on.
     """
     from lit_personalize.tinyworld.autoencoder import encode_pictures, train_autoencoder
     from lit_personalize.tinyworld.card import write_card
@@ -78,11 +87,17 @@ def build(out: Path, budget: str | None = None, options: BuildOptions | None = N
     log(f"{VERSION}: rendering {options.pictures} pictures")
     pictures = training_pictures(state, options)
     log("VAE: random crops of all pictures")
-    more = sample_pictures(options.pictures // 10, options.seed + 7, population="all", processes=options.processes)
-    vae = train_autoencoder(
-        np.concatenate([pictures.pixels, more.pixels]), state, steps=options.vae_steps, seconds=seconds["vae"],
-        seed=options.seed, log=log,
-    )  # fmt: skip
+    if start is not None:
+        vae = AutoencoderKL.from_pretrained(start / "base" / "vae", local_files_only=True, torch_dtype=torch.float32)
+        for part in ("reader", "clip"):
+            if (start / part).is_dir() and not (out / part).exists():
+                shutil.copytree(start / part, out / part)
+    else:
+        more = sample_pictures(options.pictures // 10, options.seed + 7, population="all", processes=options.processes)
+        vae = train_autoencoder(
+            np.concatenate([pictures.pixels, more.pixels]), state, steps=options.vae_steps, seconds=seconds["vae"],
+            seed=options.seed, log=log,
+        )  # fmt: skip
     tokenizer = build_tokenizer(state / "tokenizer")
     if not (out / "reader").exists():
         train_reader(state, seconds=seconds["reader"], log=log).save(out / "reader")
@@ -90,7 +105,7 @@ def build(out: Path, budget: str | None = None, options: BuildOptions | None = N
         train_clip(state, out / "clip", seconds=seconds["clip"], log=log)
     unet, text_encoder = train_diffusion(
         encode_pictures(vae, pictures.pixels), pictures.scenes, vae.config.scaling_factor, tokenizer, state,
-        steps=options.base_steps, batch=options.batch, seconds=seconds["base"], seed=options.seed, log=log,
+        steps=options.base_steps, batch=options.batch, seconds=seconds["base"], seed=options.seed, start=start, log=log,
     )  # fmt: skip
     save_pipeline(out / "base", unet, text_encoder, vae, tokenizer)
     card = write_card(out, log=log)
@@ -101,7 +116,3 @@ def build(out: Path, budget: str | None = None, options: BuildOptions | None = N
 def committed_weights() -> Path:
     """The folder of the weights that ship with the package."""
     return Path(__file__).parent / "weights"
-
-
-def thread_note() -> str:
-    return f"torch {torch.__version__}, {torch.get_num_threads()} threads"

@@ -18,12 +18,13 @@ from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.loading import load_base
 from lit_personalize.sampling.sampler import SamplingOptions, generate
 from lit_personalize.tinyworld.autoencoder import psnr, reconstruct
+from lit_personalize.tinyworld.build import VERSION
 from lit_personalize.tinyworld.captions import caption
 from lit_personalize.tinyworld.dataset import sample_pictures
 from lit_personalize.tinyworld.scene import Kind, Scene, Thing
 from lit_personalize.tinyworld.training import Log
 
-COUNTS: dict[Kind, int] = {"object": 240, "critter": 160, "person": 100, "pair": 100, "sign": 100}
+COUNTS: dict[Kind, int] = {"object": 150, "critter": 100, "person": 100, "pair": 100, "sign": 100}
 OPTIONS = SamplingOptions(steps=25, guidance=4.0, batch_size=32)
 
 
@@ -123,7 +124,7 @@ def write_card(
     card = measure(base, out / "reader", counts, log)
     sizes = {p.name: sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) for p in out.iterdir() if p.is_dir()}
     card |= {
-        "version": "tinyworld-v1",
+        "version": VERSION,
         "fingerprint": base.fingerprint,
         "date": datetime.now(UTC).date().isoformat(),
         "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in base.components().items()},

@@ -83,7 +83,7 @@ def _critter_subjects(count: int = 24) -> list[Subject]:
 
 
 HELD_OUT_CONCEPTS: dict[str, Subject] = {s.name: s for s in (*_object_subjects(), *_critter_subjects())}
-QUICKSTART_SUBJECT = HELD_OUT_CONCEPTS["lime-zigzag-circle"]
+QUICKSTART_SUBJECT = HELD_OUT_CONCEPTS["critter-03"]
 SUBJECTS_FOR_SCIENCE: tuple[str, ...] = (
     "lime-zigzag-circle", "navy-halved-oval", "maroon-framed-hexagon", "olive-zigzag-heart", "critter-03",
     "critter-11",

@@ -67,11 +67,20 @@ def train_diffusion(
     learning_rate: float = 1e-3,
     seconds: float | None = None,
     seed: int = 0,
+    start: Path | None = None,
     log: Log = print,
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """Train on VAE posteriors `(mean, std)`, both `[N, 8, 16, 16]` unscaled, and the captions of `scenes`."""
+    """Train on VAE posteriors `(mean, std)`, both `[N, 8, 16, 16]` unscaled, and the captions of `scenes`.
+
+    Args:
+        start: A world whose UNet and text encoder are trained on; None begins with random weights.
+    """
     torch.manual_seed(seed)
     unet, text_encoder = new_unet(), new_text_encoder(tokenizer)
+    if start is not None:
+        for module, name in ((unet, "unet"), (text_encoder, "text_encoder")):
+            known = type(module).from_pretrained(start / "base" / name, local_files_only=True)
+            module.load_state_dict({k: t.float() for k, t in known.state_dict().items()})
     schedule = NoiseSchedule.of_scheduler(new_scheduler())
     mean, std = latents
 
