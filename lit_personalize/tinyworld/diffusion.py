@@ -114,6 +114,9 @@ def save_pipeline(
         dtype = next(module.parameters()).dtype
         (module.half() if half else module).save_pretrained(folder / name)  # type: ignore[operator]
         module.to(dtype)
+        config = folder / name / "config.json"  # without the path from which a part was once loaded
+        kept = {k: v for k, v in json.loads(config.read_text(encoding="utf-8")).items() if k != "_name_or_path"}
+        config.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(folder / "tokenizer")
     new_scheduler().save_pretrained(folder / "scheduler")
     index = {
