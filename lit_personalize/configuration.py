@@ -58,9 +58,11 @@ class Checkpointing:
 class Exporting:
     """What is written at the end."""
 
-    formats: list[Literal["diffusers", "kohya", "delta", "pipeline"]] = field(
+    formats: list[Literal["diffusers", "kohya", "peft", "delta", "pipeline"]] = field(
         default_factory=lambda: ["diffusers", "kohya"]  # type: ignore[arg-type]
     )
+    max_error: float = 1e-3
+    """Largest relative error of dense changes written as LoRA; 0 keeps them exact."""
     verify: bool = True
     """Reload every file through the stock client and compare."""
     license: str = ""

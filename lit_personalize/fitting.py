@@ -6,6 +6,7 @@ the manifest are always on; a user's `trainer.callbacks` are added to them.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import logging
 import os
@@ -187,7 +188,10 @@ def export_run(built: Namespace, run: RunDirectory) -> list[Exported]:
     objective.configure_model()
     weights = weights_of(objective, checkpoints.load_state(found.path, averaged=built.ema is not None))
     details = {"objective": type(objective).__name__, "steps": found.step, "run": run.name}
-    files = export(weights, run.exports, objective.built, run.name, built.export.formats, details)
+    if run.config.is_file():
+        details["config_sha256"] = hashlib.sha256(run.config.read_bytes()).hexdigest()[:16]
+    wanted = built.export
+    files = export(weights, run.exports, objective.built, run.name, wanted.formats, details, wanted.max_error)
     report = None
     if built.export.verify:
         prompts = built.sampling.prompts or ["a photo"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_personalize.adapters.protocol import Adapter, AdapterWeights
-from lit_personalize.adapters.shadow import WeightShadow, device_of, linear_layers
+from lit_personalize.adapters.shadow import WeightShadow, device_of, matrix_shape, weight_layers
 from lit_personalize.backbones.base import Base
 from lit_personalize.errors import DataError
 
@@ -24,7 +24,7 @@ class LoadedAdapter(Adapter):
         super().__init__(name)
         self.weights = weights
         self.scale = scale
-        self._deltas = weights.deltas()
+        self._layers = list(dict.fromkeys([*weights.low_rank, *weights.dense]))
         self._shadows: dict[str, WeightShadow] = {}
 
     def attach(self, base: Base, seed: int = 0) -> None:
@@ -36,22 +36,21 @@ class LoadedAdapter(Adapter):
         if self.attached:
             return
         components = base.components()
-        linears = {f"{c}.{p}": m for c, module in components.items() for p, m in linear_layers(module).items()}
+        known = {f"{c}.{p}": m for c, module in components.items() for p, m in weight_layers(module).items()}
         for layer in self.layers():
-            shape = self.delta(layer).shape
-            if layer not in linears:
+            if layer not in known:
                 raise DataError(f"adapter {self.name!r} changes {layer}, which base {base.source} does not have")
-            if shape != linears[layer].weight.shape:
+            shape, own = tuple(self.delta(layer).shape), matrix_shape(known[layer])
+            if shape != own:
                 raise DataError(
-                    f"adapter {self.name!r} was made for another base: {layer} is {tuple(shape)}, "
-                    f"base {base.source} has {tuple(linears[layer].weight.shape)}"
+                    f"adapter {self.name!r} was made for another base: {layer} is {shape}, base {base.source} has {own}"
                 )
         for token, rows in self.weights.tokens.items():
             widths = [added.width for added in base.added_rows]
             if [r.shape[1] for r in rows] != widths:
                 raise DataError(f"token {token} has widths {[r.shape[1] for r in rows]}, base {base.source} {widths}")
         base.register(self)
-        self._shadows = {layer: WeightShadow.of(linears[layer]) for layer in self.layers()}
+        self._shadows = {layer: WeightShadow.of(known[layer]) for layer in self.layers()}
         for token, rows in self.weights.tokens.items():
             names = [token, *(f"{token}_{i}" for i in range(1, len(rows[0])))]
             for i, tokenizer in enumerate(base.tokenizers):
@@ -67,8 +66,11 @@ class LoadedAdapter(Adapter):
 
     def refresh(self, dtype: torch.dtype) -> None:
         for layer, shadow in self._shadows.items():
-            delta = self.scale * self.delta(layer).to(device_of(shadow.linear)) if self.active else None
-            shadow.set(self.name, delta)
+            if not self.active:
+                shadow.set(self.name, None)
+                continue
+            delta = self.scale * self.delta(layer).to(device_of(shadow.linear))
+            shadow.set(self.name, delta.reshape(shadow.frozen.shape))
 
     def set_active(self, active: bool) -> None:
         if active != self.active:
@@ -76,10 +78,14 @@ class LoadedAdapter(Adapter):
             self.refresh(torch.float32)
 
     def layers(self) -> list[str]:
-        return list(self._deltas)
+        return self._layers
 
     def delta(self, layer: str) -> Tensor:
-        return self._deltas[layer]
+        # Formed when asked for: all of them at once would be as large as the base's attention layers.
+        dense, low_rank = self.weights.dense.get(layer), self.weights.low_rank.get(layer)
+        if low_rank is None:
+            return self.weights.dense[layer]
+        return low_rank.delta() if dense is None else low_rank.delta() + dense
 
     def export_weights(self) -> AdapterWeights:
         return self.weights

@@ -10,7 +10,9 @@ from pathlib import Path
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="litp export", description="Export a run's newest complete checkpoint.")
     parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("--formats", nargs="+", default=["diffusers", "kohya"], help="diffusers kohya delta pipeline")
+    formats = "diffusers kohya peft delta pipeline"
+    parser.add_argument("--formats", nargs="+", default=["diffusers", "kohya"], help=formats)
+    parser.add_argument("--max-error", type=float, default=None, help="of dense changes written as LoRA; 0 is exact")
     parser.add_argument("--no-verify", action="store_true")
     options = parser.parse_args(arguments)
     from lit_personalize.cli.console import configure_logging, where_things_are
@@ -25,6 +27,8 @@ def main(arguments: list[str]) -> int:
 
     parser_, config = parse(["-c", str(options.run / "config.yaml")])
     config.export.formats = options.formats
+    if options.max_error is not None:
+        config.export.max_error = options.max_error
     config.export.verify = not options.no_verify
     run = RunDirectory(options.run.parent, options.run.name)
     with run.lock():

@@ -10,7 +10,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="litp verify", description="Reload adapter files through stock diffusers and compare."
     )
-    parser.add_argument("files", type=Path, nargs="+", help="adapter files, or one run directory")
+    parser.add_argument("files", type=Path, nargs="+", help="adapter files, PEFT folders, or a run directory")
     parser.add_argument("--base", default="tinyworld", help='diffusers directory, single file, or "tinyworld"')
     parser.add_argument("--base-config", default=None)
     parser.add_argument("--prompt", default="a photo")
@@ -20,18 +20,25 @@ def main(arguments: list[str]) -> int:
 
     configure_logging()
     from lit_personalize.backbones.loading import load_base
-    from lit_personalize.export.verify import exported_of, verify
+    from lit_personalize.errors import DataError
+    from lit_personalize.export.verify import adapters_in, exported_of, verify
 
     paths: list[Path] = []
     for path in options.files:
         folder = path / "exports" if (path / "exports").is_dir() else path
-        paths += sorted(folder.glob("*.safetensors")) if folder.is_dir() else [path]
+        loadable = any((folder / name).exists() for name in ("adapter_config.json", "model_index.json"))
+        found = [folder] if loadable or not folder.is_dir() else adapters_in(folder)
+        if not found:
+            raise DataError(f"{folder} holds no adapter file; name a .safetensors file or a run")
+        paths += found
     report = verify(exported_of(paths), load_base(options.base, config=options.base_config), prompt=options.prompt)
     if options.json:
         print(report.to_json(), end="")
         return 0
     for item in report.files:
         print(f"{item.file}: {item.kind}, {item.layers} layers, largest relative error {item.largest_error:.1e}")
+        if item.ranks:
+            print(f"  ranks {item.ranks}, scales {item.scales}, {item.coverage} attention layers of the UNet")
     if report.picture_difference is not None:
         print(f"stock pipeline and our sampler differ by at most {report.picture_difference:.4f} per pixel")
     return 0

@@ -11,23 +11,32 @@ from pathlib import Path
 from lit_personalize.adapters.protocol import AdapterWeights, LowRank
 from lit_personalize.backbones.base import Base
 from lit_personalize.errors import UsageError
-from lit_personalize.export import files
+from lit_personalize.export import files, keys
 from lit_personalize.export.factorize import factorize
 
-ARCHITECTURES = {"sd": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}
-FORMATS = ("diffusers", "kohya", "delta", "pipeline")
+FORMATS = ("diffusers", "kohya", "peft", "delta", "pipeline")
 
 
 @dataclass
 class Exported:
-    """One written file (or pipeline directory)."""
+    """One written file (or PEFT folder, or pipeline directory)."""
 
     path: Path
     kind: str
-    """diffusers, kohya, embedding, delta or pipeline."""
+    """diffusers, kohya, peft, embedding, delta or pipeline."""
     errors: dict[str, float] = field(default_factory=dict)
     """Declared relative error of layers that were factored."""
     token: str = ""
+    encoder: int | None = None
+    """Which text encoder an embedding file is for; None where one file serves all."""
+    folder: Path | None = None
+    """The export's folder, which `name` leaves out."""
+
+    @property
+    def name(self) -> str:
+        """The path within the export's folder."""
+        inside = self.folder is not None and self.path.is_relative_to(self.folder)
+        return self.path.relative_to(self.folder).as_posix() if inside and self.folder else self.path.name
 
 
 def export(
@@ -42,54 +51,136 @@ def export(
     """Write `weights` into `folder`.
 
     Args:
-        formats: "diffusers" and "kohya" write LoRA files (dense changes factored within `max_error`)
-            and learned embeddings; "delta" the exact dense changes; "pipeline" a merged pipeline.
+        formats: "diffusers", "kohya" and "peft" write LoRA files (dense changes factored within `max_error`);
+            "delta" the exact dense changes; "pipeline" a merged pipeline. Learned embeddings are always written;
+            for two text encoders one file with both, and with "diffusers" also one file each.
         details: Stored in every file's metadata (recipe, steps, run).
+        max_error: Largest relative Frobenius error of a factored layer; 0 keeps every singular value.
 
     Raises:
-        UsageError: An unknown format.
+        UsageError: An unknown format, or a negative `max_error`.
     """
     if unknown := [f for f in formats if f not in FORMATS]:
         raise UsageError(f"unknown export format {unknown[0]!r}; use {', '.join(FORMATS)}")
+    if not max_error >= 0:
+        raise UsageError(f"max_error must be 0 (exact) or positive, not {max_error}")
     folder.mkdir(parents=True, exist_ok=True)
-    stem = re.sub(r"[^\w.-]+", "-", name)
-    metadata = {
-        "litp.base_fingerprint": base.fingerprint, "litp.base": Path(base.source).name, "litp.family": base.family,
-        "litp.details": json.dumps(dict(details or {}), sort_keys=True, default=str),
-        "litp.tokens": json.dumps(sorted(weights.tokens)), "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.title": name, "modelspec.architecture": f"{ARCHITECTURES[base.family]}/lora",
-        "modelspec.trigger_phrase": ", ".join(sorted(weights.tokens)),
-    }  # fmt: skip
     written: list[Exported] = []
-    wants_lora = {"diffusers", "kohya"} & set(formats) and (weights.low_rank or weights.dense)
-    low_rank, errors = _all_low_rank(weights, max_error) if wants_lora else ({}, {})
-    if low_rank and "diffusers" in formats:
-        tensors, extra = files.diffusers_lora(low_rank)
-        path = folder / "pytorch_lora_weights.safetensors"
-        written.append(Exported(files.write_safetensors(path, tensors, {**metadata, **extra}), "diffusers", errors))
-    if low_rank and "kohya" in formats:
-        tensors = files.kohya_lora(low_rank, len(base.text_encoders) == 2)
-        ranks = [f.rank for f in low_rank.values()]
-        first = next(iter(low_rank.values()))
-        extra = {
-            "ss_network_module": "networks.lora", "ss_network_dim": str(max(ranks)),
-            "ss_network_alpha": str(first.alpha), "ss_output_name": name,
-        }  # fmt: skip
-        path = folder / f"{stem}.kohya.safetensors"
-        written.append(Exported(files.write_safetensors(path, tensors, {**metadata, **extra}), "kohya", errors))
-    for token, rows in weights.tokens.items():
-        label = re.sub(r"\W+", "", token) or "token"
-        file = "learned_embeds.safetensors" if len(weights.tokens) == 1 else f"learned_embeds_{label}.safetensors"
-        tensors = files.learned_embeds(token, rows)
-        path = files.write_safetensors(folder / file, tensors, {**metadata, "litp.token": token})
-        written.append(Exported(path, "embedding", token=token))
+    if {"diffusers", "kohya", "peft"} & set(formats) and (weights.low_rank or weights.dense):
+        low_rank, errors = _all_low_rank(weights, max_error)
+        described = describe(weights, base, name, "lora", details)
+        described["litp.largest_error"] = repr(max(errors.values(), default=0.0))
+        written += _write_loras(low_rank, errors, folder, base, name, formats, described)
+    written += _write_embeddings(weights, folder, base, name, "diffusers" in formats, details)
     if weights.dense and "delta" in formats:
-        path = folder / f"{stem}.delta.safetensors"
-        written.append(Exported(files.write_safetensors(path, files.dense_deltas(weights.dense), metadata), "delta"))
+        path = folder / f"{file_stem(name)}.delta.safetensors"
+        described = describe(weights, base, name, "delta", details)
+        written.append(Exported(files.write_safetensors(path, files.dense_deltas(weights.dense), described), "delta"))
     if "pipeline" in formats:
         from lit_personalize.export.pipeline import write_pipeline
 
         written.append(Exported(write_pipeline(weights, base, folder / "pipeline"), "pipeline"))
+    for item in written:
+        item.folder = folder
+    return written
+
+
+def file_stem(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
+def architecture(base: Base) -> str:
+    """The base's name in the ModelSpec standard (1.0.1)."""
+    if base.family == "sdxl":
+        return "stable-diffusion-xl-v1-base"
+    if not base.unet.config.use_linear_projection:  # SD2 projects into its transformers by linear layers, SD1 by 1x1
+        return "stable-diffusion-v1"
+    return "stable-diffusion-v2-768-v" if prediction_type(base) == "v" else "stable-diffusion-v2-512"
+
+
+def prediction_type(base: Base) -> str:
+    return "v" if base.scheduler.config.prediction_type == "v_prediction" else "epsilon"
+
+
+def describe(
+    weights: AdapterWeights, base: Base, name: str, kind: str, details: Mapping[str, object] | None
+) -> dict[str, str]:
+    """Metadata of every file: ours, ModelSpec's, and what managers of kohya files show. All values are strings."""
+    details = dict(details or {})
+    tokens = sorted(weights.tokens)
+    found = {
+        "litp.base_fingerprint": base.fingerprint, "litp.base": Path(base.source).name, "litp.family": base.family,
+        "litp.details": json.dumps(details, sort_keys=True, default=str), "litp.tokens": json.dumps(tokens),
+        "modelspec.sai_model_spec": "1.0.1", "modelspec.title": name,
+        "modelspec.implementation": "https://github.com/huggingface/diffusers",
+        "modelspec.architecture": f"{architecture(base)}/{kind}", "modelspec.prediction_type": prediction_type(base),
+        "modelspec.resolution": f"{base.resolution}x{base.resolution}",
+        "ss_base_model_version": {"stable-diffusion-xl-v1-base": "sdxl_base_v1-0"}.get(
+            architecture(base), "sd_v2" if "v2" in architecture(base) else "sd_v1"
+        ),
+        "ss_output_name": name, "ss_resolution": f"({base.resolution}, {base.resolution})",
+    }  # fmt: skip
+    if tokens:
+        found["modelspec.trigger_phrase"] = ", ".join(tokens)
+    if "steps" in details:
+        found["ss_steps"] = str(details["steps"])
+    return found
+
+
+def _write_loras(
+    low_rank: Mapping[str, LowRank],
+    errors: dict[str, float],
+    folder: Path,
+    base: Base,
+    name: str,
+    formats: Sequence[str],
+    described: Mapping[str, str],
+) -> list[Exported]:
+    written = []
+    if "diffusers" in formats:
+        tensors, extra = files.diffusers_lora(low_rank)
+        path = folder / "pytorch_lora_weights.safetensors"
+        written.append(Exported(files.write_safetensors(path, tensors, {**described, **extra}), "diffusers", errors))
+    if "kohya" in formats:
+        tensors = files.kohya_lora(low_rank, len(base.text_encoders) == 2)
+        alpha = next(float(t) for k, t in tensors.items() if k.endswith(".alpha"))
+        extra = {
+            "ss_network_module": "networks.lora", "ss_network_alpha": str(alpha),
+            "ss_network_dim": str(max(f.rank for f in low_rank.values())),
+        }  # fmt: skip
+        path = folder / f"{file_stem(name)}.kohya.safetensors"
+        written.append(Exported(files.write_safetensors(path, tensors, {**described, **extra}), "kohya", errors))
+    if "peft" in formats:
+        for component in dict.fromkeys(keys.split(layer)[0] for layer in low_rank):
+            path = files.write_peft(folder / "peft" / component, low_rank, component, described)
+            own = {layer: e for layer, e in errors.items() if keys.split(layer)[0] == component}
+            written.append(Exported(path, "peft", own))
+    return written
+
+
+def _write_embeddings(
+    weights: AdapterWeights,
+    folder: Path,
+    base: Base,
+    name: str,
+    one_each: bool,
+    details: Mapping[str, object] | None,
+) -> list[Exported]:
+    """One file per token; for two text encoders and `one_each`, also the pair that diffusers' scripts write."""
+    written = []
+    for token, rows in weights.tokens.items():
+        described = describe(weights, base, name, "textual-inversion", details) | {"litp.token": token}
+        label = "" if len(weights.tokens) == 1 else "_" + (re.sub(r"\W+", "", token) or "token")
+        path = folder / f"learned_embeds{label}.safetensors"
+        files.write_safetensors(path, files.learned_embeds(token, rows), described)
+        written.append(Exported(path, "embedding", token=token))
+        if len(rows) == 1 or not one_each:
+            continue
+        for i, own in enumerate(rows):
+            suffix = "" if i == 0 else f"_{i + 1}"
+            path = folder / "textual_inversion" / f"learned_embeds{label}{suffix}.safetensors"
+            files.write_safetensors(path, {token: own}, {**described, "litp.encoder": str(i)})
+            written.append(Exported(path, "embedding", token=token, encoder=i))
     return written
 
 

@@ -1,4 +1,4 @@
-"""Write adapter files: diffusers/PEFT LoRA, kohya LoRA, learned embeddings, dense deltas. safetensors only."""
+"""Write adapter files: diffusers LoRA, PEFT folders, kohya LoRA, learned embeddings, dense deltas. safetensors only."""
 
 from __future__ import annotations
 
@@ -72,6 +72,37 @@ def learned_embeds(token: str, rows: list[Tensor]) -> dict[str, Tensor]:
     if len(rows) == 2:
         return {"clip_l": rows[0], "clip_g": rows[1]}
     return {token: rows[0]}
+
+
+def peft_lora(low_rank: Mapping[str, LowRank], component: str) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """One component's factors in the keys of `PeftModel`, and its `adapter_config.json` with the true alphas.
+
+    Module paths are those of the loaded module: PEFT wraps it and knows no other spelling.
+    """
+    from peft import LoraConfig
+
+    own = {keys.split(layer)[1]: f for layer, f in low_rank.items() if keys.split(layer)[0] == component}
+    ranks, alphas = ({path: v(f) for path, f in own.items()} for v in (lambda f: f.rank, lambda f: f.alpha))
+    most = {name: max(set(v.values()), key=list(v.values()).count) for name, v in (("r", ranks), ("alpha", alphas))}
+    config = LoraConfig(
+        r=most["r"], lora_alpha=most["alpha"], target_modules=sorted(own), inference_mode=True,
+        rank_pattern={p: r for p, r in ranks.items() if r != most["r"]},
+        alpha_pattern={p: a for p, a in alphas.items() if a != most["alpha"]},
+    )  # fmt: skip
+    tensors: dict[str, Tensor] = {}
+    for path, factors in own.items():
+        tensors[f"{keys.PEFT_ROOT}{path}.lora_A.weight"] = factors.down
+        tensors[f"{keys.PEFT_ROOT}{path}.lora_B.weight"] = factors.up
+    described = config.to_dict()
+    return tensors, {k: sorted(v) if isinstance(v, set) else v for k, v in described.items()}
+
+
+def write_peft(folder: Path, low_rank: Mapping[str, LowRank], component: str, metadata: Mapping[str, str]) -> Path:
+    """Write `adapter_model.safetensors` and `adapter_config.json`, which `PeftModel.from_pretrained` reads."""
+    tensors, config = peft_lora(low_rank, component)
+    write_safetensors(folder / "adapter_model.safetensors", tensors, {**metadata, "litp.component": component})
+    atomic.write_text(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+    return folder
 
 
 def dense_deltas(dense: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from lit_personalize.adapters.loaded import LoadedAdapter
 from lit_personalize.adapters.protocol import AdapterWeights, LowRank
-from lit_personalize.adapters.shadow import linear_layers
+from lit_personalize.adapters.shadow import matrix_shape, weight_layers
 from lit_personalize.backbones.base import Base
 from lit_personalize.errors import DataError
 from lit_personalize.export import keys
@@ -29,26 +30,32 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of one safetensors file.
 
     Raises:
-        DataError: Missing, a pickle under any name, damaged, of a newer format, or with non-finite values.
+        DataError: Missing, a pickle under any name, damaged, empty, of a newer format, or with values that are no
+            finite floating-point numbers.
     """
     if not path.is_file():
         raise DataError(f"adapter file {path} does not exist")
-    head = path.read_bytes()[:16]
+    with path.open("rb") as stream:
+        head = stream.read(16)
     # A safetensors file has its header's length in 8 bytes, which may look like a pickle's first, and then "{".
     pickled = head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[8:9] != b"{")
     if path.suffix.lower() in PICKLES or pickled:
         raise DataError(f"{path} is a pickle: loading one can run any code; convert it to .safetensors first")
     try:
-        with safe_open(path, "pt") as stream:
-            metadata = dict(stream.metadata() or {})
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - not a dict
+        with safe_open(path, "pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} is not a whole safetensors file: {error}") from error
     version = metadata.get("litp.format_version", FORMAT_VERSION)
     if not version.isdigit() or int(version) > int(FORMAT_VERSION):
         raise DataError(f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}; upgrade it")
+    if not tensors:
+        raise DataError(f"{path} holds no tensor")
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point():
+            raise DataError(f"{path}: {name} is {tensor.dtype}; adapters hold floating-point numbers")
+        if not bool(torch.isfinite(tensor).all()):
             raise DataError(f"{path}: {name} holds NaN or infinite values")
     return tensors, metadata
 
@@ -60,7 +67,8 @@ def read_adapter(paths: Path | Iterable[Path], base: Base, force: bool = False) 
         force: Accept a file that was made for another base, if shapes fit.
 
     Raises:
-        DataError: See `read_file`; or a key that names no layer of the base, half a pair of factors, another base.
+        DataError: See `read_file`; or a key that names no layer of the base, half a pair of factors, a shape that
+            does not fit, another base.
     """
     weights = AdapterWeights()
     for path in _expand(paths):
@@ -99,56 +107,112 @@ def _expand(paths: Path | Iterable[Path]) -> list[Path]:
 
 def parse(tensors: dict[str, Tensor], metadata: dict[str, str], base: Base, path: Path) -> AdapterWeights:
     """Recognise the format by its keys."""
-    if set(tensors) <= {"clip_l", "clip_g"} or "litp.token" in metadata:
-        token = metadata.get("litp.token", f"<{path.stem}>")
-        rows = [tensors[k] for k in ("clip_l", "clip_g") if k in tensors] or list(tensors.values())
-        return AdapterWeights(tokens={token: [r.float().reshape(-1, r.shape[-1]) for r in rows]})
-    if len(tensors) == 1 and next(iter(tensors.values())).ndim <= 2 and "lora" not in next(iter(tensors)):
-        ((token, rows_),) = tensors.items()
-        return AdapterWeights(tokens={token: [rows_.float().reshape(-1, rows_.shape[-1])]})
+    if set(tensors) <= {"clip_l", "clip_g"} or "litp.token" in metadata or _is_one_embedding(tensors):
+        return AdapterWeights(tokens=_parse_embedding(tensors, metadata, path))
     parts = {c: module for c, module in base.components().items() if c != "vae"}
-    names = [f"{c}.{p}" for c, module in parts.items() for p in linear_layers(module)]
+    shapes = {f"{c}.{p}": matrix_shape(m) for c, module in parts.items() for p, m in weight_layers(module).items()}
+    stages = base.unet.config.layers_per_block
     style = "kohya" if any(k.startswith("lora_") for k in tensors) else "portable"
-    known = keys.index_by(names, len(base.text_encoders) == 2, style)
+    known = keys.index_by(shapes, len(parts) == 3, style, stages if isinstance(stages, int) else None)
     if all(k.endswith(".delta") for k in tensors):
-        return AdapterWeights(dense={_known(k.removesuffix(".delta"), known, path): t for k, t in tensors.items()})
-    return AdapterWeights(low_rank=_parse_lora(tensors, metadata, known, path))
+        weights = AdapterWeights(dense={_known(k.removesuffix(".delta"), known, path): t for k, t in tensors.items()})
+    else:
+        weights = AdapterWeights(low_rank=_parse_lora(tensors, metadata, known, path))
+    _check_shapes(weights, shapes, path)
+    return weights
 
 
-def _known(name: str, known: dict[str, str], path: Path) -> str:
-    for candidate in (name, f"unet.{name.removeprefix('base_model.model.')}"):
+def _is_one_embedding(tensors: Mapping[str, Tensor]) -> bool:
+    (name, tensor), *more = tensors.items()
+    return not more and tensor.ndim <= 2 and "lora" not in name and not name.endswith(".delta")
+
+
+def _parse_embedding(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> dict[str, list[Tensor]]:
+    """Rows `[n, d]` per text encoder; a file that does not say its token is named by its file, as other clients do."""
+    named = [k for k in tensors if k not in ("clip_l", "clip_g", "emb_params")]
+    token = metadata.get("litp.token") or (named[0] if named else f"<{path.stem}>")
+    rows = [tensors[k] for k in ("clip_l", "clip_g") if k in tensors] or list(tensors.values())
+    if wrong := [r for r in rows if r.ndim not in (1, 2)]:
+        raise DataError(f"{path}: the embedding of {token} has shape {tuple(wrong[0].shape)}, not [vectors, width]")
+    return {token: [r.float().reshape(-1, r.shape[-1]) for r in rows]}
+
+
+def _check_shapes(weights: AdapterWeights, shapes: Mapping[str, tuple[int, int]], path: Path) -> None:
+    """Compare every layer with the base's."""
+    found = {layer: tuple(delta.shape) for layer, delta in weights.dense.items()}
+    found |= {layer: (f.up.shape[0], f.down.shape[1]) for layer, f in weights.low_rank.items()}
+    for layer, shape in found.items():
+        if shape != shapes[layer]:
+            raise DataError(
+                f"{path}: {layer} is {shape}, the base has {shapes[layer]}; the file was made for another base"
+            )
+
+
+def _known(name: str, known: Mapping[str, str], path: Path, component: str = "unet") -> str:
+    """Our layer of a client's name; PEFT folders name no component."""
+    inner = name.removeprefix(keys.PEFT_ROOT)
+    for candidate in (name, keys.portable(f"{component}.{inner}")):
         if candidate in known:
             return known[candidate]
     raise DataError(f"{path}: {name} names no layer of this base; the file was made for another one")
 
 
 def _parse_lora(
-    tensors: dict[str, Tensor], metadata: dict[str, str], known: dict[str, str], path: Path
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], known: Mapping[str, str], path: Path
 ) -> dict[str, LowRank]:
+    folder = path.parent.name
+    default = metadata.get("litp.component") or (folder if folder in keys.COMPONENTS else "unet")
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key.endswith(".alpha"):
-            parts.setdefault(_known(key.removesuffix(".alpha"), known, path), {})["alpha"] = tensor
+            parts.setdefault(_known(key.removesuffix(".alpha"), known, path, default), {})["alpha"] = tensor
             continue
         match = LORA.match(key)
         if not match:
-            raise DataError(f"{path}: key {key} is not part of a LoRA file")
+            raise DataError(f"{path}: key {key} is not part of a LoRA file{_kind_of(key)}")
         side = {"A": "down", "B": "up"}.get(match["ab"] or "", match["ud"] or match["k"])
-        parts.setdefault(_known(match["layer"], known, path), {})[side] = tensor.float()
-    alphas = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    config = path.with_name("adapter_config.json")
-    if path.name == "adapter_model.safetensors" and config.exists():
-        alphas = {f"unet.{k}": v for k, v in json.loads(config.read_text(encoding="utf-8")).items()}
+        layer = _known(match["layer"], known, path, default)
+        if tensor.ndim not in (2, 4) or (side == "up" and tensor[0, 0].numel() != 1):
+            raise DataError(f"{path}: {key} has shape {tuple(tensor.shape)}; factors are [R, in] and [out, R]")
+        # A convolution's factors are matrices over channels times taps.
+        parts.setdefault(layer, {})[side] = tensor.float().flatten(1).contiguous()
+    settings = settings_of(metadata, path, default)
     found: dict[str, LowRank] = {}
     for layer, sides in parts.items():
         if missing := {"down", "up"} - set(sides):
             raise DataError(f"{path}: {layer} lacks its {missing.pop()} factor; the file is incomplete")
-        component, inner = keys.split(keys.portable(layer))
         rank = sides["down"].shape[0]
-        pattern = alphas.get(f"{component}.alpha_pattern") or {}
-        stated = pattern.get(inner.removeprefix("text_model."), alphas.get(f"{component}.lora_alpha", rank))
-        alpha = float(sides["alpha"]) if "alpha" in sides else float(stated)
         if sides["up"].shape[1] != rank:
             raise DataError(f"{path}: {layer} has factors of ranks {rank} and {sides['up'].shape[1]}")
+        alpha = float(sides["alpha"]) if "alpha" in sides else stated_alpha(settings, layer, rank)
         found[layer] = LowRank(sides["down"], sides["up"], alpha)
     return found
+
+
+def _kind_of(key: str) -> str:
+    """Name the kind of adapter that a foreign key belongs to."""
+    kinds = {"dora_scale": "DoRA", "magnitude": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT"}
+    return next((f"; {kind} files are not read" for part, kind in kinds.items() if part in key), "")
+
+
+def settings_of(metadata: Mapping[str, str], path: Path, component: str) -> dict[str, Any]:
+    """What the file, or the `adapter_config.json` beside it, says about ranks and alphas: `<component>.<option>`."""
+    config = path.with_name("adapter_config.json")
+    try:
+        if path.name == "adapter_model.safetensors" and config.exists():
+            return {f"{component}.{k}": v for k, v in json.loads(config.read_text(encoding="utf-8")).items()}
+        return dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: its adapter configuration is not JSON: {error}") from error
+
+
+def stated_alpha(settings: Mapping[str, Any], layer: str, rank: int) -> float:
+    """Alpha of a layer as PEFT reads it: a pattern's, else the component's, else the rank."""
+    component, path = keys.split(keys.portable(layer))
+    alpha = settings.get(f"{component}.lora_alpha", rank)
+    for pattern, value in (settings.get(f"{component}.alpha_pattern") or {}).items():
+        if re.match(rf"(?:.*\.)?(?:{pattern})$", path):
+            alpha = value
+            break
+    # Rank-stabilised scaling is alpha / √rank (Kalajdzievski, 2023, arXiv 2312.03732).
+    return float(alpha) * (rank**0.5 if settings.get(f"{component}.use_rslora") else 1.0)

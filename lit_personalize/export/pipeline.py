@@ -2,32 +2,55 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from lit_personalize import atomic
 from lit_personalize.adapters.protocol import AdapterWeights
 from lit_personalize.backbones.base import Base
 from lit_personalize.export import keys
-from lit_personalize.export.stock import stock_pipeline
+from lit_personalize.export.stock import side_of, stock_pipeline
 
 
 @torch.no_grad()
-def write_pipeline(weights: AdapterWeights, base: Base, folder: Path) -> Path:
-    """Write a pipeline that `from_pretrained` loads without any adapter file."""
+def merged_pipeline(weights: AdapterWeights, base: Base) -> Any:
+    """A stock pipeline with the changes in its own weights; the base is not touched."""
     pipe = stock_pipeline(base)
     for layer, delta in weights.deltas().items():
         component, path = keys.split(layer)
-        pipe.components[component].get_submodule(path).weight.add_(delta)
+        weight = pipe.components[component].get_submodule(path).weight
+        weight.add_(delta.reshape(weight.shape))
     for token, rows in weights.tokens.items():
         names = [token, *(f"{token}_{i}" for i in range(1, len(rows[0])))]
         for i, new in enumerate(rows):
-            suffix = "" if i == 0 else f"_{i + 1}"
-            tokenizer, encoder = pipe.components[f"tokenizer{suffix}"], pipe.components[f"text_encoder{suffix}"]
+            tokenizer, encoder = side_of(pipe, i)
             tokenizer.add_tokens(names)
-            encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            if len(tokenizer) > encoder.get_input_embeddings().num_embeddings:
+                encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
             ids = tokenizer.convert_tokens_to_ids(names)
             encoder.get_input_embeddings().weight[ids] = new.to(encoder.dtype)
             encoder.config.eos_token_id = tokenizer.eos_token_id
-    pipe.save_pretrained(folder)
+    return pipe
+
+
+def write_pipeline(weights: AdapterWeights, base: Base, folder: Path) -> Path:
+    """Write a pipeline that `from_pretrained` loads without any adapter file; an earlier one is replaced whole."""
+    temporary, old = (folder.with_name(f".{what}-{os.getpid()}-{folder.name}") for what in ("tmp", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        merged_pipeline(weights, base).save_pretrained(temporary)
+        for file in temporary.rglob("*"):
+            atomic.flush(file)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(temporary, folder)
+        atomic.flush(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
     return folder

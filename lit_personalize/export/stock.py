@@ -31,3 +31,9 @@ def stock_pipeline(base: Base) -> Any:
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def side_of(pipe: Any, index: int) -> tuple[Any, Any]:
+    """Tokenizer and text encoder of a pipeline by number."""
+    suffix = "" if index == 0 else f"_{index + 1}"
+    return pipe.components[f"tokenizer{suffix}"], pipe.components[f"text_encoder{suffix}"]

@@ -1,35 +1,36 @@
 """Prove exported files: reload them through the stock client, compare factors and a picture.
 
-For LoRA files: s·B·A of every PEFT layer that `load_lora_weights` makes, against the adapter
-(relative error <= 1e-6 in fp32, or the file's declared error). For embeddings: the rows that
-`load_textual_inversion` places. Then one picture of the stock pipeline against our own sampler.
+For LoRA files: s·B·A of every PEFT layer that `load_lora_weights` (or `PeftModel.from_pretrained`)
+makes, against the adapter (relative error <= 1e-6 in fp32, or the file's declared error). For
+embeddings: the rows that `load_textual_inversion` places. For merged pipelines: every weight that
+`from_pretrained` reads. Then one picture of the stock pipeline against our own sampler.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_personalize.adapters.protocol import AdapterWeights
 from lit_personalize.backbones.base import Base
-from lit_personalize.backbones.loading import load_base
 from lit_personalize.errors import VerificationError
 from lit_personalize.export import keys
 from lit_personalize.export.exporter import Exported
-from lit_personalize.export.loading import load_adapter, read_adapter
-from lit_personalize.export.stock import stock_pipeline
-from lit_personalize.sampling.sampler import SamplingOptions, generate, start_noise
+from lit_personalize.export.inspect import kind_of
+from lit_personalize.export.loading import PICKLES, read_adapter, read_file
+from lit_personalize.export.picture import compare_merged, compare_pictures, place_embedding
+from lit_personalize.export.pipeline import merged_pipeline
+from lit_personalize.export.stock import side_of, stock_pipeline
 
 TOLERANCE = 1e-6
-PICTURE_TOLERANCE = 1 / 255
+"""Relative error of a product of fp32 factors."""
 
 
 @dataclass
@@ -42,6 +43,14 @@ class FileReport:
     largest_error: float = 0.0
     """Largest relative error of a layer's s·B·A."""
     allowed_error: float = TOLERANCE
+    components: dict[str, int] = field(default_factory=dict)
+    """Layers that changed, by component."""
+    ranks: dict[str, int] = field(default_factory=dict)
+    """Layers by rank."""
+    scales: dict[str, int] = field(default_factory=dict)
+    """Layers by s = alpha / rank as the client applies it."""
+    coverage: str = ""
+    """Changed linear layers of attention in the UNet, of all."""
 
 
 @dataclass
@@ -57,15 +66,36 @@ class VerifyReport:
 
 
 def exported_of(paths: Sequence[Path]) -> list[Exported]:
-    """Guess the kind of files that were written elsewhere."""
+    """Tell the kinds of files that were written elsewhere; a folder is PEFT's or a merged pipeline.
+
+    Raises:
+        DataError: A file is missing, a pickle, or damaged.
+    """
     found = []
     for path in paths:
-        names = list(load_file(path)) if path.suffix == ".safetensors" else []
-        kind = "kohya" if any(n.startswith("lora_") for n in names) else "diffusers"
-        kind = "delta" if names and all(n.endswith(".delta") for n in names) else kind
-        kind = "embedding" if not any("lora" in n for n in names) and kind != "delta" else kind
-        found.append(Exported(path, kind))
+        if path.is_dir():
+            found.append(Exported(path, "pipeline" if (path / "model_index.json").exists() else "peft"))
+            continue
+        tensors, metadata = read_file(path)
+        kind = kind_of(tensors)
+        encoder = int(metadata["litp.encoder"]) if "litp.encoder" in metadata else None
+        if kind == "peft":
+            path = path.parent
+        found.append(Exported(path, kind, token=metadata.get("litp.token", ""), encoder=encoder))
     return found
+
+
+def adapters_in(folder: Path) -> list[Path]:
+    """Everything in an export's folder that can be verified: files, PEFT folders, a merged pipeline.
+
+    Raises:
+        DataError: A pickle lies among them.
+    """
+    for pickled in (p for p in sorted(folder.iterdir()) if p.suffix.lower() in PICKLES):
+        read_file(pickled)
+    files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("textual_inversion/*.safetensors"))
+    merged = [folder / "pipeline"] if (folder / "pipeline" / "model_index.json").exists() else []
+    return [*files, *sorted(p.parent for p in folder.glob("peft/*/adapter_config.json")), *merged]
 
 
 def verify(
@@ -74,18 +104,26 @@ def verify(
     """Check every file; without `reference` the files are compared with what our own reader finds in them.
 
     Raises:
+        DataError: A file cannot be read.
         VerificationError: A file does not give back what was trained.
     """
     report = VerifyReport()
+    differences = []
     for item in files:
-        if item.kind in ("diffusers", "kohya"):
+        if item.kind in ("diffusers", "kohya", "peft"):
             wanted = reference or read_adapter(item.path, base, force=True)
             report.files.append(_check_lora(item, base, wanted))
         elif item.kind == "embedding":
             report.files.append(_check_embedding(item, base, reference))
         elif item.kind == "delta":
             report.files.append(_check_delta(item, base, reference))
-    report.picture_difference = _compare_pictures(files, base, prompt)
+        elif item.kind == "pipeline":
+            found, difference = _check_pipeline(item, base, reference, prompt)
+            report.files.append(found)
+            differences.append(difference)
+    differences.append(compare_pictures(files, base, prompt))
+    drawn = [d for d in differences if d is not None]
+    report.picture_difference = max(drawn) if drawn else None
     return report
 
 
@@ -93,64 +131,108 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30))
 
 
-def _check_lora(item: Exported, base: Base, reference: AdapterWeights) -> FileReport:
-    from peft.tuners.lora import LoraLayer
+# ---- LoRA -------------------------------------------------------------------------------------------
 
-    pipe = stock_pipeline(base)
-    pipe.load_lora_weights(item.path.parent, weight_name=item.path.name, adapter_name="checked")
-    found: dict[str, Tensor] = {}
-    for component in ("unet", "text_encoder", "text_encoder_2"):
-        module = pipe.components.get(component)
-        for path, layer in module.named_modules() if module is not None else ():
-            if isinstance(layer, LoraLayer) and "checked" in layer.lora_A:
-                product = layer.lora_B["checked"].weight @ layer.lora_A["checked"].weight
-                found[keys.portable(f"{component}.{path}")] = (layer.scaling["checked"] * product).detach()
+
+def _check_lora(item: Exported, base: Base, reference: AdapterWeights) -> FileReport:
+    """Load one file into the stock client and compare every layer's ΔW."""
     wanted = {keys.portable(n): delta for n, delta in reference.deltas().items()}
-    if set(found) != set(wanted):
-        missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    pipe = stock_pipeline(base)
+    try:
+        loaded = dict(_load_peft(item, base, pipe) if item.kind == "peft" else _load_lora(item, pipe))
+    except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as refusal:
+        raise VerificationError(f"{item.path}: the stock client does not load it: {refusal}") from refusal
+    if item.kind == "peft":
+        component = next(iter(loaded), "unet.").partition(".")[0]
+        wanted = {n: delta for n, delta in wanted.items() if keys.split(n)[0] == component}
+    if set(loaded) != set(wanted):
+        missing, extra = sorted(set(wanted) - set(loaded)), sorted(set(loaded) - set(wanted))
         raise VerificationError(f"{item.path}: the client did not load {missing[:3]}, and loaded {extra[:3]} besides")
     declared = {keys.portable(n): e for n, e in item.errors.items()}
-    report = FileReport(item.path.name, item.kind, len(found))
+    report = FileReport(item.name, item.kind, len(loaded))
     for name, delta in wanted.items():
-        error = _relative(found[name], delta) if float(delta.norm()) else float(found[name].abs().max())
+        found = loaded[name].delta
+        error = _relative(found, delta) if float(delta.norm()) else float(found.abs().max())
         allowed = max(TOLERANCE, 1.01 * declared.get(name, 0.0) + TOLERANCE)
         report.largest_error = max(report.largest_error, error)
         report.allowed_error = max(report.allowed_error, allowed)
         if not error <= allowed:
             raise VerificationError(f"{item.path}: {name} comes back with relative error {error:.1e} > {allowed:.1e}")
+    report.components = dict(Counter(keys.split(name)[0] for name in loaded))
+    report.ranks = _counts(layer.rank for layer in loaded.values())
+    report.scales = _counts(round(layer.scale, 6) for layer in loaded.values())
+    attention = [f"unet.{p}" for p, m in base.unet.named_modules() if isinstance(m, nn.Linear) and ".attn" in p]
+    report.coverage = f"{sum(name in loaded for name in attention)}/{len(attention)}"
     return report
+
+
+def _counts(values: Iterator[float] | Iterator[int]) -> dict[str, int]:
+    return {f"{value:g}": count for value, count in sorted(Counter(values).items())}
+
+
+@dataclass
+class _ClientLayer:
+    """One layer as PEFT holds it."""
+
+    delta: Tensor
+    """s·B·A, `[out, in]`."""
+    rank: int
+    scale: float
+
+
+def _client_layers(module: nn.Module, component: str, adapter: str) -> Iterator[tuple[str, _ClientLayer]]:
+    """Every layer that PEFT wrapped in a module, by our portable name."""
+    from peft.tuners.lora import LoraLayer
+
+    for path, layer in module.named_modules():
+        if isinstance(layer, LoraLayer) and adapter in layer.lora_A:
+            up: Any = layer.lora_B[adapter].weight
+            down: Any = layer.lora_A[adapter].weight
+            product = (up.flatten(1) @ down.flatten(1)).detach()
+            scale = float(layer.scaling[adapter])
+            yield keys.portable(f"{component}.{path}"), _ClientLayer(scale * product, down.shape[0], scale)
+
+
+def _load_lora(item: Exported, pipe: Any) -> Iterator[tuple[str, _ClientLayer]]:
+    pipe.load_lora_weights(item.path.parent, weight_name=item.path.name, adapter_name="checked")
+    for component in keys.COMPONENTS:
+        if pipe.components.get(component) is not None:
+            yield from _client_layers(pipe.components[component], component, "checked")
+
+
+def _load_peft(item: Exported, base: Base, pipe: Any) -> Iterator[tuple[str, _ClientLayer]]:
+    from peft import PeftModel
+
+    named = read_adapter(item.path, base, force=True).low_rank
+    component = keys.split(next(iter(named)))[0]
+    model = PeftModel.from_pretrained(pipe.components[component], item.path, adapter_name="checked")
+    yield from _client_layers(model.base_model.model, component, "checked")
+
+
+# ---- embeddings, deltas, pipelines ------------------------------------------------------------------
 
 
 def _check_embedding(item: Exported, base: Base, reference: AdapterWeights | None) -> FileReport:
     weights = read_adapter(item.path, base, force=True)
     ((token, rows),) = weights.tokens.items()
-    if reference is not None and any(not torch.equal(a, b) for a, b in zip(rows, reference.tokens[token], strict=True)):
-        raise VerificationError(f"{item.path}: the rows of {token} are not those that were trained")
+    first = item.encoder or 0
+    if reference is not None:
+        trained = reference.tokens[token]
+        trained = trained if item.encoder is None else [trained[item.encoder]]
+        if any(not torch.equal(a, b) for a, b in zip(rows, trained, strict=True)):
+            raise VerificationError(f"{item.path}: the rows of {token} are not those that were trained")
     pipe = stock_pipeline(base)
-    _load_embedding(pipe, token, rows, item.path)
+    try:
+        place_embedding(pipe, item, token, rows)
+    except (ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise VerificationError(f"{item.path}: the stock client does not load it: {error}") from error
     for i, row in enumerate(rows):
-        tokenizer, encoder = _side(pipe, i)
+        tokenizer, encoder = side_of(pipe, first + i)
         ids = tokenizer.convert_tokens_to_ids([token, *(f"{token}_{n}" for n in range(1, len(row)))])
         placed = encoder.get_input_embeddings().weight[ids].detach()
         if not torch.equal(placed, row):
             raise VerificationError(f"{item.path}: the client placed other rows for {token}")
-    return FileReport(item.path.name, item.kind, len(rows))
-
-
-def _side(pipe: Any, index: int) -> tuple[Any, Any]:
-    suffix = "" if index == 0 else f"_{index + 1}"
-    return pipe.components[f"tokenizer{suffix}"], pipe.components[f"text_encoder{suffix}"]
-
-
-def _load_embedding(pipe: Any, token: str, rows: list[Tensor], path: Path) -> None:
-    """As a user would: the file itself for one encoder, `clip_l` and `clip_g` by name for two."""
-    if len(rows) == 1:
-        pipe.load_textual_inversion(path.parent, weight_name=path.name, token=token)
-        return
-    state = load_file(path)
-    for i, key in enumerate(("clip_l", "clip_g")):
-        tokenizer, encoder = _side(pipe, i)
-        pipe.load_textual_inversion({token: state[key]}, token=token, text_encoder=encoder, tokenizer=tokenizer)
+    return FileReport(item.name, item.kind, len(rows))
 
 
 def _check_delta(item: Exported, base: Base, reference: AdapterWeights | None) -> FileReport:
@@ -159,30 +241,39 @@ def _check_delta(item: Exported, base: Base, reference: AdapterWeights | None) -
         set(found) != set(reference.dense) or any(not torch.equal(d, reference.dense[n]) for n, d in found.items())
     ):
         raise VerificationError(f"{item.path}: the deltas are not those that were trained")
-    return FileReport(item.path.name, item.kind, len(found))
+    return FileReport(item.name, item.kind, len(found), components=dict(Counter(keys.split(n)[0] for n in found)))
 
 
-def _compare_pictures(files: Sequence[Exported], base: Base, prompt: str, steps: int = 4) -> float | None:
-    """Draw one picture with the stock pipeline and with our sampler, from the same files and noise."""
-    loras = sorted((f for f in files if f.kind in ("diffusers", "kohya")), key=lambda f: f.kind)
-    lora = loras[0].path if loras else None
-    embeddings = [f.path for f in files if f.kind == "embedding"]
-    if lora is None and not embeddings:
-        return None
-    pipe = stock_pipeline(base)
-    if lora is not None:
-        pipe.load_lora_weights(lora.parent, weight_name=lora.name)
-    for path in embeddings:
-        ((token, rows),) = read_adapter(path, base, force=True).tokens.items()
-        _load_embedding(pipe, token, rows, path)
-    fresh = load_base(base.source, config=base.config)
-    adapter = load_adapter([p for p in (lora, *embeddings) if p], fresh, force=True)
-    options = SamplingOptions(steps=steps, guidance=3.0)
-    ours = generate(fresh, [prompt], [0], [adapter], options)[0] / 255.0
-    side = {"height": fresh.resolution, "width": fresh.resolution}
-    stock = pipe(prompt, negative_prompt="", num_inference_steps=steps, guidance_scale=3.0,
-                 latents=start_noise(fresh, [0]), output_type="np", **side).images[0]  # fmt: skip
-    difference = float(np.abs(np.round(stock * 255) / 255 - ours).max())
-    if difference > PICTURE_TOLERANCE + 1e-6:
-        raise VerificationError(f"the stock pipeline draws another picture: pixels differ by up to {difference:.4f}")
-    return difference
+def _check_pipeline(
+    item: Exported, base: Base, reference: AdapterWeights | None, prompt: str
+) -> tuple[FileReport, float | None]:
+    """Load a merged pipeline as any user would; with a reference, compare every weight and a picture."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        pipe = DiffusionPipeline.from_pretrained(item.path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise VerificationError(f"{item.path}: the stock client does not load it: {error}") from error
+    pipe.set_progress_bar_config(disable=True)
+    report = FileReport(item.name, item.kind)
+    if reference is None:
+        return report, None
+    report.layers = len(reference.deltas())
+    wanted = merged_pipeline(reference, base)
+    for component in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        if component in pipe.components:
+            found, own = (p.components[component].state_dict() for p in (pipe, wanted))
+            report.largest_error = max(report.largest_error, _compare_states(found, own, item.path, component))
+    return report, compare_merged(pipe, base, reference, prompt, item.path)
+
+
+def _compare_states(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path, component: str) -> float:
+    if set(found) != set(wanted):
+        raise VerificationError(f"{path}: {component} has other weights: {sorted(set(found) ^ set(wanted))[:3]}")
+    largest = 0.0
+    for name, value in wanted.items():
+        error = _relative(found[name], value) if found[name].shape == value.shape else float("inf")
+        if not error <= TOLERANCE:
+            raise VerificationError(f"{path}: {component}.{name} differs from W0 + ΔW by {error:.1e} > {TOLERANCE:.0e}")
+        largest = max(largest, error)
+    return largest

@@ -48,9 +48,11 @@ def _everything() -> list[Adapter]:
 @pytest.mark.parametrize("family", ["sd1", "sd2-v", "sdxl"])
 def test_stock_clients_give_back_what_was_trained(tiny_bases: dict[str, Path], tmp_path: Path, family: str) -> None:
     base, weights = _trained(tiny_bases[family], _everything())
-    files = export(weights, tmp_path, base, "run", ["diffusers", "kohya", "delta"])
-    assert [f.kind for f in files] == ["diffusers", "kohya", "embedding", "delta"]
+    files = export(weights, tmp_path, base, "run", ["diffusers", "kohya", "peft", "delta"])
+    peft, embeddings = (3, 3) if family == "sdxl" else (2, 1)
+    assert [f.kind for f in files] == ["diffusers", "kohya", *["peft"] * peft, *["embedding"] * embeddings, "delta"]
     report = verify(files, base, weights, "a photo of a <new1> cat")
+    assert sum(f.layers for f in report.files if f.kind == "peft") == len(weights.deltas())
     assert report.picture_difference is not None and report.picture_difference <= 1 / 255 + 1e-6
     by_kind = {f.kind: f for f in report.files}
     assert by_kind["diffusers"].layers == by_kind["kohya"].layers == len(weights.deltas())
