@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,37 +18,19 @@ from lit_personalize.adapters.token_embedding import TokenEmbedding
 from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.loading import load_base
 from lit_personalize.errors import DataError, UsageError, VerificationError
-from lit_personalize.export.exporter import Exported, export
-from lit_personalize.export.factorize import factorize
-from lit_personalize.export.inspect import inspect_file
+from lit_personalize.export.exporter import export
 from lit_personalize.export.loading import load_adapter, read_adapter
 from lit_personalize.export.verify import verify
 from lit_personalize.sampling.sampler import SamplingOptions, generate
 
-
-def _trained(path: Path, adapters: list[Adapter]) -> tuple[Base, AdapterWeights]:
-    """A base with adapters that have been moved away from their start."""
-    base = load_base(path)
-    weights = AdapterWeights()
-    draws = torch.Generator().manual_seed(0)
-    for adapter in adapters:
-        adapter.attach(base)
-        with torch.no_grad():
-            for factor in adapter.named_factors().values():
-                factor.add_(0.1 * torch.randn(factor.shape, generator=draws))
-        adapter.refresh(base.dtype)
-        weights = weights.merge(adapter.export_weights())
-    return base, weights
-
-
-def _everything() -> list[Adapter]:
-    lora = LoRA(rank=3, alpha=6.0, targets=["attn1.to_q", "attn1.to_v"], text_encoder=True)
-    return [lora, KeyValueDelta(), TokenEmbedding("<new1>", "cat", vectors=3)]
+Train = Callable[[Path, list[Adapter]], tuple[Base, AdapterWeights]]
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2-v", "sdxl"])
-def test_stock_clients_give_back_what_was_trained(tiny_bases: dict[str, Path], tmp_path: Path, family: str) -> None:
-    base, weights = _trained(tiny_bases[family], _everything())
+def test_stock_clients_give_back_what_was_trained(
+    tiny_bases: dict[str, Path], train: Train, everything: list[Adapter], tmp_path: Path, family: str
+) -> None:
+    base, weights = train(tiny_bases[family], everything)
     files = export(weights, tmp_path, base, "run", ["diffusers", "kohya", "peft", "delta"])
     peft, embeddings = (3, 3) if family == "sdxl" else (2, 1)
     assert [f.kind for f in files] == ["diffusers", "kohya", *["peft"] * peft, *["embedding"] * embeddings, "delta"]
@@ -59,8 +42,10 @@ def test_stock_clients_give_back_what_was_trained(tiny_bases: dict[str, Path], t
     assert by_kind["diffusers"].largest_error <= 1.1e-3
 
 
-def test_low_rank_adapters_come_back_to_fp32_precision(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
-    base, weights = _trained(tiny_bases["sd1"], [LoRA(rank=2, alpha=5.0)])
+def test_low_rank_adapters_come_back_to_fp32_precision(
+    tiny_bases: dict[str, Path], train: Train, tmp_path: Path
+) -> None:
+    base, weights = train(tiny_bases["sd1"], [LoRA(rank=2, alpha=5.0)])
     report = verify(export(weights, tmp_path, base, "run"), base, weights)
     assert all(f.largest_error <= 1e-6 and f.allowed_error == 1e-6 for f in report.files)
     kohya = load_file(tmp_path / "run.kohya.safetensors")
@@ -68,9 +53,11 @@ def test_low_rank_adapters_come_back_to_fp32_precision(tiny_bases: dict[str, Pat
     assert not any("lora_lora" in k or "base_layer" in k for k in kohya)
 
 
-def test_files_of_low_rank_and_token_sample_as_the_live_adapters(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+def test_files_of_low_rank_and_token_sample_as_the_live_adapters(
+    tiny_bases: dict[str, Path], train: Train, tmp_path: Path
+) -> None:
     adapters: list[Adapter] = [LoRA(rank=2, text_encoder=True), TokenEmbedding("<new1>", "cat")]
-    base, weights = _trained(tiny_bases["sdxl"], adapters)
+    base, weights = train(tiny_bases["sdxl"], adapters)
     export(weights, tmp_path, base, "run", ["diffusers"])
     fresh = load_base(tiny_bases["sdxl"])
     loaded = load_adapter(tmp_path, fresh)
@@ -79,18 +66,8 @@ def test_files_of_low_rank_and_token_sample_as_the_live_adapters(tiny_bases: dic
     assert np.abs(generate(fresh, ["a <new1> cat"], [0], [loaded], options).astype(int) - live).max() <= 1
 
 
-def test_merged_pipeline_needs_no_adapter(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
-    adapters = _everything()
-    base, weights = _trained(tiny_bases["sd1"], adapters)
-    (_, merged) = export(weights, tmp_path, base, "run", ["pipeline"])
-    fresh = load_base(merged.path)
-    prompt, options = "a photo of a <new1> <new1>_1 <new1>_2 cat", SamplingOptions(steps=3)
-    live = generate(base, ["a photo of a <new1> cat"], [0], adapters, options)
-    assert np.abs(generate(fresh, [prompt], [0], None, options).astype(int) - live).max() <= 1
-
-
-def test_two_changes_of_one_layer_add_up(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
-    base, weights = _trained(tiny_bases["sd1"], [LoRA(rank=2, alpha=8.0), KeyValueDelta()])
+def test_two_changes_of_one_layer_add_up(tiny_bases: dict[str, Path], train: Train, tmp_path: Path) -> None:
+    base, weights = train(tiny_bases["sd1"], [LoRA(rank=2, alpha=8.0), KeyValueDelta()])
     verify(export(weights, tmp_path, base, "run"), base, weights)
     layer = next(iter(weights.dense))
     expected = weights.low_rank[layer].delta() + weights.dense[layer]
@@ -98,8 +75,10 @@ def test_two_changes_of_one_layer_add_up(tiny_bases: dict[str, Path], tmp_path: 
 
 
 @pytest.mark.parametrize("kind", ["diffusers", "kohya", "embedding", "delta"])
-def test_a_changed_file_fails_verification(tiny_bases: dict[str, Path], tmp_path: Path, kind: str) -> None:
-    base, weights = _trained(tiny_bases["sd1"], _everything())
+def test_a_changed_file_fails_verification(
+    tiny_bases: dict[str, Path], train: Train, everything: list[Adapter], tmp_path: Path, kind: str
+) -> None:
+    base, weights = train(tiny_bases["sd1"], everything)
     files = export(weights, tmp_path, base, "run", ["diffusers", "kohya", "delta"])
     item = next(f for f in files if f.kind == kind)
     tensors = load_file(item.path)
@@ -110,8 +89,8 @@ def test_a_changed_file_fails_verification(tiny_bases: dict[str, Path], tmp_path
         verify([item], base, weights)
 
 
-def test_half_of_the_keys_fails_verification(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
-    base, weights = _trained(tiny_bases["sd1"], [LoRA(rank=2)])
+def test_half_of_the_keys_fails_verification(tiny_bases: dict[str, Path], train: Train, tmp_path: Path) -> None:
+    base, weights = train(tiny_bases["sd1"], [LoRA(rank=2)])
     (item, _) = export(weights, tmp_path, base, "run")
     tensors = load_file(item.path)
     kept = sorted(tensors)[: len(tensors) // 2]
@@ -133,8 +112,8 @@ def test_pickles_are_refused_under_any_name(tiny_bases: dict[str, Path], tmp_pat
             read_adapter(path, base)
 
 
-def test_damaged_and_foreign_files_are_refused(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
-    base, weights = _trained(tiny_bases["sd1"], [LoRA(rank=2)])
+def test_damaged_and_foreign_files_are_refused(tiny_bases: dict[str, Path], train: Train, tmp_path: Path) -> None:
+    base, weights = train(tiny_bases["sd1"], [LoRA(rank=2)])
     (item, _) = export(weights, tmp_path, base, "run")
     other = load_base(tiny_bases["sdxl"])
     with pytest.raises(DataError, match="was trained on base sd1"):
@@ -164,8 +143,10 @@ def test_damaged_and_foreign_files_are_refused(tiny_bases: dict[str, Path], tmp_
         read_adapter(tmp_path / "nothing.safetensors", base)
 
 
-def test_reading_gives_what_was_written(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
-    base, weights = _trained(tiny_bases["sdxl"], _everything())
+def test_reading_gives_what_was_written(
+    tiny_bases: dict[str, Path], train: Train, everything: list[Adapter], tmp_path: Path
+) -> None:
+    base, weights = train(tiny_bases["sdxl"], everything)
     for item in export(weights, tmp_path, base, "run", ["kohya", "delta"]):
         found = read_adapter(item.path, base)
         for layer, delta in found.deltas().items():
@@ -191,43 +172,12 @@ def test_a_peft_directory_is_read(tiny_bases: dict[str, Path], tmp_path: Path) -
     torch.testing.assert_close(low_rank.delta(), layer.get_delta_weight("default").detach())
 
 
-def test_inspect_reports_ranks_and_base(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
-    base, weights = _trained(tiny_bases["sd1"], [LoRA(rank=2, alpha=4.0)])
-    diffusers, kohya = export(weights, tmp_path, base, "run")
-    report = inspect_file(kohya.path)
-    assert report["format"] == "kohya LoRA" and set(report["ranks"]) == {"2"} and set(report["alphas"]) == {"4.0"}
-    assert inspect_file(diffusers.path)["base_fingerprint"] == base.fingerprint
-
-
 def test_unknown_format_is_refused(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="unknown export format 'bin'"):
         export(AdapterWeights(), tmp_path, load_base(tiny_bases["sd1"]), "run", ["bin"])
-
-
-def test_factorize_finds_the_smallest_rank() -> None:
-    torch.manual_seed(0)
-    u, _ = torch.linalg.qr(torch.randn(20, 4, dtype=torch.float64))
-    v, _ = torch.linalg.qr(torch.randn(12, 4, dtype=torch.float64))
-    delta = ((u * torch.tensor([1.0, 0.5, 1e-2, 1e-5])) @ v.T).float()
-    low_rank, error = factorize(delta, 1e-3)
-    assert low_rank.rank == 3 and error <= 1e-3
-    assert factorize(delta, 2e-2)[0].rank == 2
-    assert factorize(delta, rank=1)[0].rank == 1
-    assert factorize(torch.zeros(4, 3))[1] == 0.0
-    torch.testing.assert_close(low_rank.delta(), delta, atol=2e-5, rtol=0)
 
 
 def test_concatenated_ranks_are_the_exact_sum() -> None:
     torch.manual_seed(0)
     parts = [LowRank(torch.randn(r, 5), torch.randn(4, r), a) for r, a in ((1, 3.0), (2, 1.0))]
     torch.testing.assert_close(parts[0].concatenate(parts[1]).delta(), parts[0].delta() + parts[1].delta())
-
-
-def test_verify_without_reference_checks_other_peoples_files(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
-    base, weights = _trained(tiny_bases["sd1"], [LoRA(rank=2, alpha=6.0)])
-    tensors = {}
-    for layer, factors in weights.low_rank.items():
-        tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"] = factors.down, factors.up
-    save_file(tensors, tmp_path / "theirs.safetensors")
-    report = verify([Exported(tmp_path / "theirs.safetensors", "diffusers")], base)
-    assert report.files[0].layers == len(weights.low_rank)
