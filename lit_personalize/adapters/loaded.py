@@ -24,7 +24,6 @@ class LoadedAdapter(Adapter):
         super().__init__(name)
         self.weights = weights
         self.scale = scale
-        self._layers = list(dict.fromkeys([*weights.low_rank, *weights.dense]))
         self._shadows: dict[str, WeightShadow] = {}
 
     def attach(self, base: Base, seed: int = 0) -> None:
@@ -78,14 +77,10 @@ class LoadedAdapter(Adapter):
             self.refresh(torch.float32)
 
     def layers(self) -> list[str]:
-        return self._layers
+        return self.weights.layers()
 
     def delta(self, layer: str) -> Tensor:
-        # Formed when asked for: all of them at once would be as large as the base's attention layers.
-        dense, low_rank = self.weights.dense.get(layer), self.weights.low_rank.get(layer)
-        if low_rank is None:
-            return self.weights.dense[layer]
-        return low_rank.delta() if dense is None else low_rank.delta() + dense
+        return self.weights.delta(layer)
 
     def export_weights(self) -> AdapterWeights:
         return self.weights

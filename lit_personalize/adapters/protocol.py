@@ -51,12 +51,20 @@ class AdapterWeights:
     tokens: dict[str, list[Tensor]] = field(default_factory=dict)
     """Token name -> one `[n, d]` per text encoder."""
 
+    def layers(self) -> list[str]:
+        """Every changed layer."""
+        return list(dict.fromkeys([*self.low_rank, *self.dense]))
+
+    def delta(self, layer: str) -> Tensor:
+        """ΔW `[out, in]` of one layer; its low-rank and dense changes add up."""
+        if layer not in self.low_rank:
+            return self.dense[layer]
+        low_rank = self.low_rank[layer].delta()
+        return low_rank + self.dense[layer] if layer in self.dense else low_rank
+
     def deltas(self) -> dict[str, Tensor]:
-        """ΔW `[out, in]` of every changed layer; low-rank and dense changes of one layer add up."""
-        total = {layer: factors.delta() for layer, factors in self.low_rank.items()}
-        for layer, dense in self.dense.items():
-            total[layer] = total[layer] + dense if layer in total else dense
-        return total
+        """ΔW of every changed layer at once; together they are as large as the weights they change."""
+        return {layer: self.delta(layer) for layer in self.layers()}
 
     def merge(self, other: AdapterWeights) -> AdapterWeights:
         """Both sets together; a layer or token in both is an error."""

@@ -21,6 +21,11 @@ from lit_personalize.export import keys
 from lit_personalize.export.files import FORMAT_VERSION
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+LORA_FILES = (
+    "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "*.kohya.safetensors",
+    "peft/*/adapter_model.safetensors", "*.delta.safetensors",
+)  # fmt: skip
+"""Names by which a folder's LoRA is found, the first that is there."""
 LORA = re.compile(
     r"^(?P<layer>.+?)\.(?:lora_(?P<ab>[AB])(?:\.\w+)?|lora\.(?P<ud>up|down)|lora_(?P<k>up|down))\.weight$"
 )
@@ -92,17 +97,26 @@ def load_adapter(paths: Path | Iterable[Path], base: Base, scale: float = 1.0, f
 
 
 def _expand(paths: Path | Iterable[Path]) -> list[Path]:
-    """Files of an adapter: of a folder, one LoRA file and every embedding."""
+    """Files of an adapter: of a folder, its LoRA in one format and every embedding; else its only file.
+
+    Raises:
+        DataError: The folder holds nothing that is known by its name.
+    """
     if not isinstance(paths, Path | str):
         return [Path(p) for p in paths]
     path = Path(paths)
     if not path.is_dir():
         return [path]
-    lora = [path / n for n in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors") if (path / n).exists()]
-    found = [*lora[:1], *sorted(path.glob("learned_embeds*.safetensors"))]
-    if not found:
+    embeddings = sorted(path.glob("learned_embeds*.safetensors"))
+    for pattern in LORA_FILES:
+        if found := sorted(path.glob(pattern)):
+            if len(found) > 1 and pattern != "peft/*/adapter_model.safetensors":
+                raise DataError(f"{path} holds {len(found)} files {pattern}; name one of them")
+            return [*found, *embeddings]
+    others = sorted(path.glob("*.safetensors"))
+    if not embeddings and len(others) != 1:
         raise DataError(f"{path} holds no pytorch_lora_weights, adapter_model or learned_embeds .safetensors file")
-    return found
+    return embeddings or others
 
 
 def parse(tensors: dict[str, Tensor], metadata: dict[str, str], base: Base, path: Path) -> AdapterWeights:

@@ -20,10 +20,10 @@ from lit_personalize.export.stock import side_of, stock_pipeline
 def merged_pipeline(weights: AdapterWeights, base: Base) -> Any:
     """A stock pipeline with the changes in its own weights; the base is not touched."""
     pipe = stock_pipeline(base)
-    for layer, delta in weights.deltas().items():
+    for layer in weights.layers():
         component, path = keys.split(layer)
         weight = pipe.components[component].get_submodule(path).weight
-        weight.add_(delta.reshape(weight.shape))
+        weight.add_(weights.delta(layer).reshape(weight.shape))
     for token, rows in weights.tokens.items():
         names = [token, *(f"{token}_{i}" for i in range(1, len(rows[0])))]
         for i, new in enumerate(rows):

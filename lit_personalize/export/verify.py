@@ -9,6 +9,7 @@ embeddings: the rows that `load_textual_inversion` places. For merged pipelines:
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -82,6 +83,9 @@ def exported_of(paths: Sequence[Path]) -> list[Exported]:
         if kind == "peft":
             path = path.parent
         found.append(Exported(path, kind, token=metadata.get("litp.token", ""), encoder=encoder))
+    together = Path(os.path.commonpath([item.path.absolute().parent for item in found])) if found else None
+    for item in found:
+        item.path, item.folder = item.path.absolute(), together
     return found
 
 
@@ -109,10 +113,15 @@ def verify(
     """
     report = VerifyReport()
     differences = []
+    pipe = stock_pipeline(base) if any(f.kind in ("diffusers", "kohya") for f in files) else None
     for item in files:
         if item.kind in ("diffusers", "kohya", "peft"):
             wanted = reference or read_adapter(item.path, base, force=True)
-            report.files.append(_check_lora(item, base, wanted))
+            # PEFT's wrapper replaces modules for good; the pipeline gives its layers back.
+            client = stock_pipeline(base) if pipe is None or item.kind == "peft" else pipe
+            report.files.append(_check_lora(item, base, wanted, client))
+            if client is pipe:
+                pipe.unload_lora_weights()
         elif item.kind == "embedding":
             report.files.append(_check_embedding(item, base, reference))
         elif item.kind == "delta":
@@ -121,6 +130,7 @@ def verify(
             found, difference = _check_pipeline(item, base, reference, prompt)
             report.files.append(found)
             differences.append(difference)
+    del pipe
     differences.append(compare_pictures(files, base, prompt))
     drawn = [d for d in differences if d is not None]
     report.picture_difference = max(drawn) if drawn else None
@@ -134,24 +144,23 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
 # ---- LoRA -------------------------------------------------------------------------------------------
 
 
-def _check_lora(item: Exported, base: Base, reference: AdapterWeights) -> FileReport:
-    """Load one file into the stock client and compare every layer's ΔW."""
-    wanted = {keys.portable(n): delta for n, delta in reference.deltas().items()}
-    pipe = stock_pipeline(base)
+def _check_lora(item: Exported, base: Base, reference: AdapterWeights, pipe: Any) -> FileReport:
+    """Load one file into the stock client and compare every layer's ΔW, one at a time."""
+    wanted = {keys.portable(layer): layer for layer in reference.layers()}
     try:
         loaded = dict(_load_peft(item, base, pipe) if item.kind == "peft" else _load_lora(item, pipe))
     except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as refusal:
         raise VerificationError(f"{item.path}: the stock client does not load it: {refusal}") from refusal
     if item.kind == "peft":
         component = next(iter(loaded), "unet.").partition(".")[0]
-        wanted = {n: delta for n, delta in wanted.items() if keys.split(n)[0] == component}
+        wanted = {name: layer for name, layer in wanted.items() if keys.split(name)[0] == component}
     if set(loaded) != set(wanted):
         missing, extra = sorted(set(wanted) - set(loaded)), sorted(set(loaded) - set(wanted))
         raise VerificationError(f"{item.path}: the client did not load {missing[:3]}, and loaded {extra[:3]} besides")
     declared = {keys.portable(n): e for n, e in item.errors.items()}
     report = FileReport(item.name, item.kind, len(loaded))
-    for name, delta in wanted.items():
-        found = loaded[name].delta
+    for name, layer in wanted.items():
+        found, delta = loaded[name].delta(), reference.delta(layer)
         error = _relative(found, delta) if float(delta.norm()) else float(found.abs().max())
         allowed = max(TOLERANCE, 1.01 * declared.get(name, 0.0) + TOLERANCE)
         report.largest_error = max(report.largest_error, error)
@@ -174,10 +183,19 @@ def _counts(values: Iterator[float] | Iterator[int]) -> dict[str, int]:
 class _ClientLayer:
     """One layer as PEFT holds it."""
 
-    delta: Tensor
-    """s·B·A, `[out, in]`."""
-    rank: int
+    up: Tensor
+    """B `[out, R]`."""
+    down: Tensor
+    """A `[R, in]`."""
     scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    def delta(self) -> Tensor:
+        """s·B·A, `[out, in]`."""
+        return self.scale * (self.up @ self.down)
 
 
 def _client_layers(module: nn.Module, component: str, adapter: str) -> Iterator[tuple[str, _ClientLayer]]:
@@ -188,9 +206,8 @@ def _client_layers(module: nn.Module, component: str, adapter: str) -> Iterator[
         if isinstance(layer, LoraLayer) and adapter in layer.lora_A:
             up: Any = layer.lora_B[adapter].weight
             down: Any = layer.lora_A[adapter].weight
-            product = (up.flatten(1) @ down.flatten(1)).detach()
-            scale = float(layer.scaling[adapter])
-            yield keys.portable(f"{component}.{path}"), _ClientLayer(scale * product, down.shape[0], scale)
+            factors = up.detach().flatten(1), down.detach().flatten(1)
+            yield keys.portable(f"{component}.{path}"), _ClientLayer(*factors, float(layer.scaling[adapter]))
 
 
 def _load_lora(item: Exported, pipe: Any) -> Iterator[tuple[str, _ClientLayer]]:
@@ -258,7 +275,7 @@ def _check_pipeline(
     report = FileReport(item.name, item.kind)
     if reference is None:
         return report, None
-    report.layers = len(reference.deltas())
+    report.layers = len(reference.layers())
     wanted = merged_pipeline(reference, base)
     for component in ("unet", "vae", "text_encoder", "text_encoder_2"):
         if component in pipe.components:

@@ -20,7 +20,7 @@ from lit_personalize.backbones.loading import load_base
 from lit_personalize.errors import DataError, UsageError, VerificationError
 from lit_personalize.export.exporter import export
 from lit_personalize.export.loading import load_adapter, read_adapter
-from lit_personalize.export.verify import verify
+from lit_personalize.export.verify import adapters_in, exported_of, verify
 from lit_personalize.sampling.sampler import SamplingOptions, generate
 
 Train = Callable[[Path, list[Adapter]], tuple[Base, AdapterWeights]]
@@ -181,3 +181,36 @@ def test_concatenated_ranks_are_the_exact_sum() -> None:
     torch.manual_seed(0)
     parts = [LowRank(torch.randn(r, 5), torch.randn(4, r), a) for r, a in ((1, 3.0), (2, 1.0))]
     torch.testing.assert_close(parts[0].concatenate(parts[1]).delta(), parts[0].delta() + parts[1].delta())
+
+
+def test_a_folder_is_verified_and_read_without_knowing_what_was_trained(
+    tiny_bases: dict[str, Path], train: Train, everything: list[Adapter], tmp_path: Path
+) -> None:
+    base, weights = train(tiny_bases["sdxl"], everything)
+    files = export(weights, tmp_path, base, "run", ["diffusers", "kohya", "peft", "delta"])
+    found = exported_of(adapters_in(tmp_path))
+    assert {(f.name, f.kind, f.encoder) for f in found} == {(f.name, f.kind, f.encoder) for f in files}
+    report = verify(found, base, prompt="a <new1> cat")
+    assert len({f.file for f in report.files}) == len(files) and report.picture_difference is not None
+    components = next(f.components for f in report.files if f.kind == "kohya")
+    assert components == {c: sum(n.startswith(f"{c}.") for n in weights.layers()) for c in components}
+    assert set(components) == {"unet", "text_encoder", "text_encoder_2"}
+
+
+@pytest.mark.parametrize("formats", [["kohya"], ["peft"], ["delta"]])
+def test_a_folder_of_any_format_is_found(
+    tiny_bases: dict[str, Path], train: Train, tmp_path: Path, formats: list[str]
+) -> None:
+    adapters: list[Adapter] = [KeyValueDelta(), TokenEmbedding("<new1>", "cat")]
+    if formats == ["peft"]:
+        adapters.append(LoRA(rank=2, targets=["attn1.to_q"], text_encoder=True))
+    base, weights = train(tiny_bases["sdxl"], adapters)
+    export(weights, tmp_path, base, "my run", formats)
+    found = read_adapter(tmp_path, base)
+    assert set(found.layers()) == set(weights.layers()) and set(found.tokens) == {"<new1>"}
+    for layer in found.layers():
+        assert float((found.delta(layer) - weights.delta(layer)).norm() / weights.delta(layer).norm()) < 1.1e-3
+    if formats == ["delta"]:
+        (tmp_path / "other.delta.safetensors").write_bytes((tmp_path / "my-run.delta.safetensors").read_bytes())
+        with pytest.raises(DataError, match="holds 2 files"):
+            read_adapter(tmp_path, base)

@@ -13,7 +13,7 @@ from lit_personalize.adapters.protocol import Adapter, AdapterWeights
 from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.loading import load_base
 from lit_personalize.errors import VerificationError
-from lit_personalize.export.exporter import Exported, export
+from lit_personalize.export.exporter import export
 from lit_personalize.export.verify import adapters_in, exported_of, verify
 
 Train = Callable[[Path, list[Adapter]], tuple[Base, AdapterWeights]]
@@ -66,6 +66,6 @@ def test_a_pipeline_is_replaced_whole_and_found_again(
     export(weights, tmp_path, base, "run", ["diffusers", "peft", "pipeline"])
     assert not (tmp_path / "pipeline" / "left.txt").exists()
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
-    kinds = [item.kind for item in exported_of(adapters_in(tmp_path))]
-    assert kinds == ["embedding", "diffusers", "peft", "peft", "pipeline"]
-    assert isinstance(exported_of([tmp_path / "pipeline"])[0], Exported)
+    found = exported_of(adapters_in(tmp_path))
+    assert [item.kind for item in found] == ["embedding", "diffusers", "peft", "peft", "pipeline"]
+    assert [item.name for item in found][2:] == ["peft/text_encoder", "peft/unet", "pipeline"]
