@@ -73,11 +73,13 @@ def read_adapter(paths: Path | Iterable[Path], base: Base, force: bool = False) 
 
     Raises:
         DataError: See `read_file`; or a key that names no layer of the base, half a pair of factors, a shape that
-            does not fit, another base.
+            does not fit, another base, files of different steps.
     """
     weights = AdapterWeights()
+    steps: dict[str, Path] = {}
     for path in _expand(paths):
         tensors, metadata = read_file(path)
+        steps.setdefault(_step_of(metadata), path)
         made_for = metadata.get("litp.base_fingerprint", base.fingerprint)
         if made_for != base.fingerprint and not force:
             raise DataError(
@@ -85,7 +87,19 @@ def read_adapter(paths: Path | Iterable[Path], base: Base, force: bool = False) 
                 f"({base.fingerprint}); give that base, or force it"
             )
         weights = weights.merge(parse(tensors, metadata, base, path))
+    known = {step: path for step, path in steps.items() if step}
+    if len(known) > 1 and not force:
+        found = ", ".join(f"{path.name} of step {step}" for step, path in known.items())
+        raise DataError(f"these files are of different steps of a run: {found}; export them again, or name one file")
     return weights
+
+
+def _step_of(metadata: Mapping[str, str]) -> str:
+    """The training step at which a file was exported, or nothing."""
+    try:
+        return str(json.loads(metadata.get("litp.details", "{}")).get("steps", ""))
+    except (ValueError, AttributeError):
+        return ""  # details are free text to other programs
 
 
 def load_adapter(paths: Path | Iterable[Path], base: Base, scale: float = 1.0, force: bool = False) -> LoadedAdapter:

@@ -214,3 +214,14 @@ def test_a_folder_of_any_format_is_found(
         (tmp_path / "other.delta.safetensors").write_bytes((tmp_path / "my-run.delta.safetensors").read_bytes())
         with pytest.raises(DataError, match="holds 2 files"):
             read_adapter(tmp_path, base)
+
+
+def test_files_of_different_steps_are_not_mixed(tiny_bases: dict[str, Path], train: Train, tmp_path: Path) -> None:
+    base, weights = train(tiny_bases["sd1"], [LoRA(rank=2), TokenEmbedding("<new1>", "cat")])
+    export(weights, tmp_path, base, "run", ["diffusers"], {"steps": 2})
+    export(weights, tmp_path, base, "run", ["kohya"], {"steps": 4})
+    with pytest.raises(DataError, match="of step 2, learned_embeds.safetensors of step 4"):
+        read_adapter(tmp_path, base)
+    assert set(read_adapter(tmp_path, base, force=True).tokens) == {"<new1>"}
+    export(weights, tmp_path, base, "run", ["diffusers"], {"steps": 4})
+    assert read_adapter(tmp_path, base).low_rank

@@ -51,6 +51,24 @@ def test_convolutions_are_read_and_drawn_as_the_stock_client_does(tiny_bases: di
     assert 0 < int(covered) < int(attention)
 
 
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        (
+            "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k",
+            "input_blocks_4_1_transformer_blocks_0_attn2_to_k",
+        ),
+        ("down_blocks.2.attentions.1.proj_in", "input_blocks_8_1_proj_in"),
+        ("mid_block.attentions.0.proj_out", "middle_block_1_proj_out"),
+        ("up_blocks.1.attentions.2.transformer_blocks.0.ff.net.2", "output_blocks_5_1_transformer_blocks_0_ff_net_2"),
+    ],
+)
+def test_original_block_names_of_sdxl(layer: str, name: str) -> None:
+    assert keys.original(f"unet.{layer}", 2) == f"lora_unet_{name}"
+    assert keys.original("unet.down_blocks.0.resnets.0.conv1", 2) is None
+    assert keys.original(f"text_encoder.{layer}", 2) is None
+
+
 def test_original_block_names_are_read_as_the_stock_client_does(
     tiny_bases: dict[str, Path], train: Train, tmp_path: Path
 ) -> None:
