@@ -52,6 +52,11 @@ class Checkpointing:
 
     every: int = 250
     keep_last: int = 3
+    best: bool = False
+    """Measure fidelity against drift at every checkpoint; keep the best one and export it instead of the last."""
+    clip: str = ""
+    """Local CLIPModel directory that judges it; on tinyworld the embedded one by default."""
+    drift_weight: float = 1.0
 
 
 @dataclass

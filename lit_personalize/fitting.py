@@ -20,11 +20,13 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lit_personalize import checkpoints
 from lit_personalize.adapters.protocol import AdapterWeights
+from lit_personalize.batch import Role
 from lit_personalize.configuration import instantiate, parse
 from lit_personalize.errors import UsageError
 from lit_personalize.export.card import write_card
 from lit_personalize.export.exporter import Exported, export
 from lit_personalize.export.verify import verify
+from lit_personalize.metrics.features import clip_directory
 from lit_personalize.objectives.denoising import Denoising
 from lit_personalize.run_directory import RunDirectory
 from lit_personalize.sampling.sampler import SamplingOptions, generate
@@ -77,13 +79,34 @@ def callbacks_of(built: Namespace, run: RunDirectory) -> list[pl.Callback]:
             )
         )  # fmt: skip
     saved = built.checkpoint
+    if saved.best:
+        chosen.append(_fidelity_drift(built))
     chosen.append(
         _load(
             "lit_callbacks.run_checkpoint.RunCheckpoint", folder=run.checkpoints, every=saved.every,
-            keep_last=saved.keep_last,
+            keep_last=saved.keep_last, best_metric="fidelity_against_drift" if saved.best else None,
         )
     )  # fmt: skip
     return [*chosen, *(built.trainer.callbacks or [])]
+
+
+def _fidelity_drift(built: Namespace) -> pl.Callback:
+    """The metric of `checkpoint.best`: the first concept's pictures against pictures of it and of its class.
+
+    Raises:
+        UsageError: The concept has no class noun, or no CLIP is at hand.
+    """
+    noun = built.data.concepts[0].class_noun
+    if not noun:
+        raise UsageError("checkpoint.best compares the concept with its class: give the concept a class_noun")
+    saved, sampling = built.checkpoint, built.sampling
+    shown = [s for s in built.data.samples if s.role == Role.INSTANCE and s.concept == 0]
+    return _load(
+        "lit_callbacks.fidelity_drift.FidelityDrift", references=[s.pixels for s in shown],
+        prompts=[shown[0].captions[0]], class_prompts=[f"photo of a {noun}"],
+        clip=clip_directory(saved.clip, built.model.base_name), every=saved.every, weight=saved.drift_weight,
+        options=SamplingOptions(sampling.steps, sampling.guidance),
+    )  # fmt: skip
 
 
 def build_trainer(built: Namespace, run: RunDirectory) -> pl.Trainer:
@@ -180,8 +203,9 @@ def weights_of(objective: Denoising, state: dict[str, Any] | None = None) -> Ada
 
 
 def export_run(built: Namespace, run: RunDirectory) -> list[Exported]:
-    """Export the newest complete checkpoint in the asked formats, verify each file, write the model card."""
-    found = checkpoints.find_complete(run.checkpoints)
+    """Export the newest complete checkpoint, or the best, in the asked formats; verify each file; write the card."""
+    found = checkpoints.find_best(run.checkpoints) if built.checkpoint.best else None
+    found = found or checkpoints.find_complete(run.checkpoints)
     if found is None:
         raise UsageError(f"{run.path} has no complete checkpoint to export")
     objective: Denoising = built.model

@@ -15,7 +15,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lit_personalize.errors import DataError
+from lit_personalize.errors import DataError, UsageError
+
+
+def clip_directory(path: str | Path | None, base: str) -> Path:
+    """The CLIP that judges pictures of `base`: the one that is named, or on tinyworld the embedded one.
+
+    Raises:
+        UsageError: None is named, and the base is another.
+    """
+    if path:
+        return Path(path)
+    if base == "tinyworld":
+        from lit_personalize.tinyworld.build import committed_weights
+
+        return committed_weights() / "clip"
+    raise UsageError(
+        "no CLIP to judge the pictures with: name a local directory of a CLIPModel, for example openai/clip-vit-base-patch32"
+    )
 
 
 def _directory(path: str | Path, what: str) -> Path:
