@@ -202,6 +202,19 @@ def find_complete(folder: Path) -> Found | None:
     return None
 
 
+def find_best(folder: Path) -> Found | None:
+    """The checkpoint that the file `best` names, or None if there is none or its files are not those written."""
+    try:
+        name = (folder / "best").read_text(encoding="utf-8").split()[0]
+    except (FileNotFoundError, IndexError):
+        return None
+    for step, path in published(folder):
+        if path.name == name:
+            reasons = problems(path)
+            return None if reasons else Found(path, step, [])
+    return None
+
+
 def problems(path: Path) -> list[str]:
     """What is wrong with a checkpoint directory; empty if every file has the hash in COMPLETE."""
     try:

@@ -99,7 +99,8 @@ class FidelityDrift(Callback):
 
     def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """The three figures of the present weights, averaged ones where the run keeps them."""
-        assert self._clip is not None and self._real is not None and self._before is not None
+        if self._clip is None or self._real is None or self._before is None:
+            raise RuntimeError("FidelityDrift.measure before the start of training: nothing to compare with")
         ema = next((c for c in trainer.callbacks if isinstance(c, AdapterEma)), None)  # type: ignore[attr-defined]
         base: Any = pl_module.built
         adapters = list(pl_module.adapters)  # type: ignore[arg-type]

@@ -97,3 +97,19 @@ def _tiny_tokenizer(folder: Path) -> Any:
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def write_tiny_clip(folder: Path) -> Path:
+    """Write a random `CLIPModel` for 32x32 pictures with the tokenizer of a tiny base, and return `folder`."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(write_tiny_base(folder / "base") / "tokenizer")
+    layers = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokens = {"vocab_size": len(tokenizer), "bos_token_id": 0, "pad_token_id": 1}
+    text = {**layers, **tokens, "eos_token_id": tokenizer.eos_token_id}
+    vision = {**layers, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
+    return folder

@@ -16,7 +16,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--suite-dir", type=Path, help="its local directory, in the published layout")
     parser.add_argument("--subject", help="which subject of the suite")
     parser.add_argument("--token", default="<new1>")
-    parser.add_argument("--clip", type=Path, required=True, help="local CLIPModel directory")
+    parser.add_argument("--clip", type=Path, help="local CLIPModel directory; the embedded one for tinyworld")
     parser.add_argument("--dino", type=Path, default=None, help="local ViT or DINO directory")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--steps", type=int, default=25)
@@ -40,9 +40,11 @@ def main(arguments: list[str]) -> int:
     from lit_personalize.backbones.loading import load_base
     from lit_personalize.export.loading import load_adapter
     from lit_personalize.metrics.evaluation import evaluate
+    from lit_personalize.metrics.features import clip_directory
     from lit_personalize.metrics.suites import SUITES
     from lit_personalize.sampling.sampler import SamplingOptions
 
+    clip = clip_directory(options.clip, options.base)
     prompts = list(options.prompts)
     if options.suite:
         if not options.suite_dir or not options.subject:
@@ -60,8 +62,8 @@ def main(arguments: list[str]) -> int:
     side = base.resolution
     pictures = [Image.fromarray(read_image(p).pixels).resize((side, side), Image.Resampling.BICUBIC) for p in paths]
     report = evaluate(
-        base, [load_adapter(folder, base)], np.stack([np.asarray(p) for p in pictures]), prompts, options.clip,
-        options.token, options.dino, options.seeds, SamplingOptions(options.steps, options.guidance),
+        base, [load_adapter(folder, base)], np.stack([np.asarray(p) for p in pictures]), prompts, clip, options.token,
+        options.dino, options.seeds, SamplingOptions(options.steps, options.guidance),
     )  # fmt: skip
     if options.output:
         write_text(options.output, report.to_json())

@@ -31,7 +31,8 @@ def clip_directory(path: str | Path | None, base: str) -> Path:
 
         return committed_weights() / "clip"
     raise UsageError(
-        "no CLIP to judge the pictures with: name a local directory of a CLIPModel, for example openai/clip-vit-base-patch32"
+        "no CLIP to judge the pictures with: name a local directory of a CLIPModel, "
+        "for example a copy of openai/clip-vit-base-patch32"
     )
 
 

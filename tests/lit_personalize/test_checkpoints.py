@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lit_personalize import checkpoints
-from lit_personalize.checkpoints import MARK, PublishError, directory, find_complete, publish, published
+from lit_personalize.checkpoints import MARK, PublishError, directory, find_best, find_complete, publish, published
 
 
 def fill(folder: Path) -> None:
@@ -146,3 +146,14 @@ def test_kill_at_every_point_of_a_save(three: Path) -> None:
     assert process.exitcode == 0 and ends[-1] == 40 and ends.count(30) >= 8, ends
     publish(three, 40, fill)
     assert not list(three.glob(".*"))
+
+
+def test_the_best_is_the_one_named_and_whole(three: Path) -> None:
+    assert find_best(three) is None
+    (three / "best").write_text("step-00000020 fidelity=0.5\n")
+    found = find_best(three)
+    assert found is not None and (found.step, found.path) == (20, directory(three, 20))
+    flip(found.path / "state.ckpt")
+    assert find_best(three) is None
+    (three / "best").write_text("")
+    assert find_best(three) is None

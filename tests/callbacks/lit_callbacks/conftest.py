@@ -15,3 +15,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from lit_personalize.backbones.tiny import write_tiny_base
 
     return write_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def metric_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from lit_personalize.backbones.tiny import write_tiny_clip
+
+    return write_tiny_clip(tmp_path_factory.mktemp("clip"))

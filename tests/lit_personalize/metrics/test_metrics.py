@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lit_personalize.adapters.lora import LoRA
 from lit_personalize.backbones.loading import load_base
-from lit_personalize.backbones.tiny import write_tiny_base
+from lit_personalize.backbones.tiny import write_tiny_clip
 from lit_personalize.errors import DataError, UsageError
 from lit_personalize.metrics import alignment
 from lit_personalize.metrics.evaluation import evaluate
@@ -118,35 +118,18 @@ def test_bootstrap_interval_holds_the_mean_and_narrows() -> None:
 @pytest.fixture(scope="module")
 def metric_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A random CLIP and a random ViT in stock layout."""
-    from transformers import (
-        CLIPConfig,
-        CLIPImageProcessor,
-        CLIPModel,
-        CLIPTokenizer,
-        ViTConfig,
-        ViTImageProcessor,
-        ViTModel,
-    )
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
     root = tmp_path_factory.mktemp("metric")
-    tokenizer = CLIPTokenizer.from_pretrained(write_tiny_base(root / "base") / "tokenizer")
-    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": 0,
-            "pad_token_id": 1}  # fmt: skip
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-              "image_size": 32, "patch_size": 8}  # fmt: skip
     torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(root / "clip")
-    tokenizer.save_pretrained(root / "clip")
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(root / "clip")
-    ViTModel(ViTConfig(**{k: v for k, v in vision.items()}), add_pooling_layer=False).save_pretrained(root / "vit")
+    layers = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = ViTConfig(**layers, image_size=32, patch_size=8)
+    ViTModel(vision, add_pooling_layer=False).save_pretrained(root / "vit")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(root / "vit")
-    return root / "clip", root / "vit"
+    return write_tiny_clip(root / "clip"), root / "vit"
 
 
-def test_evaluate_reports_value_oracle_and_floor(
-    tiny_bases: dict[str, Path], metric_models: tuple[Path, Path]
-) -> None:
+def test_evaluate_reports_value_oracle_and_floor(tiny_bases: dict[str, Path], metric_models: tuple[Path, Path]) -> None:
     base = load_base(tiny_bases["sd1"])
     adapter = LoRA(rank=2)
     adapter.attach(base)
