@@ -77,11 +77,18 @@ def parts_of(
     return _parts_of_directory(path, dtype) if path.is_dir() else _parts_of_file(path, config, dtype)
 
 
-def _parts_of_directory(path: Path, dtype: torch.dtype) -> dict[str, Any]:
+def _index_of(path: Path) -> dict[str, Any]:
     index = path / "model_index.json"
     if not index.exists():
         raise DataError(f"{path} has no model_index.json: it is not a diffusers pipeline directory")
-    listed: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
+    try:
+        return dict(json.loads(index.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{index} is damaged ({error}); copy the diffusers directory again") from error
+
+
+def _parts_of_directory(path: Path, dtype: torch.dtype) -> dict[str, Any]:
+    listed = _index_of(path)
     wanted = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
     if "XL" in listed.get("_class_name", ""):
         wanted += ["text_encoder_2", "tokenizer_2"]
@@ -143,8 +150,8 @@ def _parts_of_file(path: Path, config: str | Path | None, dtype: torch.dtype) ->
             "for its configs and tokenizers (nothing is fetched from a hub)"
         )
     folder = resolve(config)
-    listed = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    kind = StableDiffusionXLPipeline if "XL" in listed["_class_name"] else StableDiffusionPipeline
+    xl = "XL" in _index_of(folder).get("_class_name", "")
+    kind = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
     try:
         pipe = kind.from_single_file(path, config=str(folder), local_files_only=True, torch_dtype=dtype)
     except Exception as error:  # noqa: BLE001 - see _load_part
