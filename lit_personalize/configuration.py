@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -143,14 +144,27 @@ def _with_paths(arguments: Sequence[str]) -> list[str]:
     expect = False
     for argument in arguments:
         if expect:
-            out.append(str(recipe_path(argument)))
+            out.append(str(_readable(recipe_path(argument))))
         elif argument.startswith(("--config=", "-c=")):
             flag, _, name = argument.partition("=")
-            out.append(f"{flag}={recipe_path(name)}")
+            out.append(f"{flag}={_readable(recipe_path(name))}")
         else:
             out.append(argument)
         expect = not expect and argument in ("-c", "--config")
     return out
+
+
+def _readable(path: Path) -> Path:
+    """The path of a file that is YAML; the parser's own message would not name it."""
+    try:
+        yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 (offset {error.start}); save it as UTF-8") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise UsageError(f"{path} is not YAML: {where}{getattr(error, 'problem', error)}") from error
+    return path
 
 
 def known_keys() -> set[str]:
@@ -166,6 +180,12 @@ def known_keys() -> set[str]:
     return found
 
 
+def known_classes() -> set[str]:
+    """Short names that a `class_path` of ours may have."""
+    own: list[type] = [Denoising, PriorPreservation, LoRA, KeyValueDelta, TokenEmbedding]
+    return {kind.__name__ for kind in own} | {entry.partition(":")[2] for entry in DATA_CLASSES}
+
+
 UNKNOWN = (
     re.compile(r"[Kk]ey '?\"?([\w.]+)'?\"? is not expected"),
     re.compile(r"[Uu]nrecognized arguments: --([\w.]+)"),
@@ -175,7 +195,10 @@ UNKNOWN = (
     re.compile(r"Option '([\w.]+)' is not accepted"),
 )
 KEY = re.compile(r'Parser key "([\w.]+)":')
-EXPECTED = re.compile(r"Expected an? (?:<class ')?([\w.\[\], |]+?)(?:'>)?\. Got value: (.*)")
+EXPECTED = re.compile(r"Expected an? (?:<class '([\w.]+)'>|typing\.Literal\[([^\]]*)\])")
+REQUIRED = re.compile(r"the following arguments are required: (.+)")
+GIVEN = re.compile(r"(?:Got|Given) value: (.*)")
+NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 
 
 def explain(message: str) -> str:
@@ -185,9 +208,16 @@ def explain(message: str) -> str:
             key = match[1]
             return f"unknown key {key!r}{suggestion(key, known_keys())}"
     keys = KEY.findall(message)
-    if keys and (wrong := EXPECTED.search(message)):
-        key = ".".join(dict.fromkeys(keys))
-        return f"{key} must be {wrong[1]}, not {wrong[2]}"
+    key = ".".join(dict.fromkeys(keys))
+    if keys and (match := NO_CLASS.search(message)):
+        return f"{key}: there is no class {match[1]!r}{suggestion(match[1], known_classes())}"
+    if match := REQUIRED.search(message):
+        return f"{key or 'the configuration'} lacks {match[1]}; give it a value"
+    wanted = [part for kind, choices in EXPECTED.findall(message) for part in (kind or choices).split(", ")]
+    given = GIVEN.search(message)  # the innermost, which is the value itself, comes first
+    if (wanted := [part for part in dict.fromkeys(wanted) if part != "NoneType"]) and keys and given:
+        *others, last = wanted
+        return f"{key} must be {', '.join(others)}{' or ' if others else ''}{last}, not {given[1]}"
     noise = ("Expected a <class 'NoneType'>", "Does not validate", "Subtypes:", "Errors:", "Given value", "Problem")
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
     return " ".join(dict.fromkeys(line for line in lines if not line.startswith(noise))) or message

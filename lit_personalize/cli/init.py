@@ -36,6 +36,9 @@ def main(arguments: list[str]) -> int:
         raise DataError(f"folder {options.images} does not exist; --images names a folder of pictures")
     if options.output.exists():
         raise UsageError(f"{options.output} exists; choose another file with -o, or remove it")
+    from lit_datamodules.image_files import list_images
+
+    list_images(options.images)  # so that an empty folder is said now and not by the training
     options.output.write_text(
         run_yaml(
             options.method, options.base, options.images, options.class_noun, options.token,

@@ -23,6 +23,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def path_and_scale(entry: str) -> tuple[Path, float]:
+    """Split `PATH@SCALE`; the scale may be missing, and a path that exists may hold an @ itself.
+
+    Raises:
+        UsageError: What stands behind the @ is no number.
+    """
+    from lit_personalize.errors import UsageError
+
+    path, at, scale = entry.rpartition("@")
+    if not at or Path(entry).exists():
+        return Path(entry), 1.0
+    try:
+        return Path(path), float(scale)
+    except ValueError as error:
+        raise UsageError(f"--adapter {entry}: {scale!r} behind the @ is no number; write FILE@0.8") from error
+
+
 def main(arguments: list[str]) -> int:
     options = build_parser().parse_args(arguments)
     from lit_personalize.cli.console import configure_logging
@@ -38,9 +55,9 @@ def main(arguments: list[str]) -> int:
     base = load_base(options.base, config=options.base_config)
     adapters = []
     for entry in options.adapter:
-        path, _, scale = entry.rpartition("@") if "@" in entry else (entry, "", "1")
-        folder = Path(path) / "exports" if (Path(path) / "exports").is_dir() else Path(path)
-        adapters.append(load_adapter(folder, base, float(scale), options.force))
+        path, scale = path_and_scale(entry)
+        folder = path / "exports" if (path / "exports").is_dir() else path
+        adapters.append(load_adapter(folder, base, scale, options.force))
     prompts = [p for p in options.prompts for _ in options.seeds]
     seeds = options.seeds * len(options.prompts)
     how = SamplingOptions(options.steps, options.guidance, options.negative, options.scheduler)

@@ -17,6 +17,7 @@ from torch import Tensor
 from lit_personalize import randomness
 from lit_personalize.adapters.protocol import Adapter
 from lit_personalize.backbones.base import Base, Conditioning
+from lit_personalize.errors import UsageError
 
 SchedulerName = Literal["ddim", "dpm", "euler"]
 
@@ -34,6 +35,10 @@ class SamplingOptions:
     scheduler: SchedulerName = "ddim"
     batch_size: int = 8
     """Pictures drawn at once; does not change them."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UsageError(f"pictures need at least 1 denoising step, not {self.steps}")
 
 
 def build_scheduler(base: Base, options: SamplingOptions) -> Any:
