@@ -188,7 +188,8 @@ def _quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*Experiment logs directory .* exists.*")
     warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators"):
+    saving = "lightning.pytorch.trainer.connectors.checkpoint_connector"  # names a default at every save
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators", saving):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections import Counter
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 
 def main(arguments: list[str]) -> int:
@@ -26,6 +29,9 @@ def main(arguments: list[str]) -> int:
     parser_, config = parse(given)
     del config["model"]  # reading pictures needs no base
     data = instantiate(parser_, config).data
+    for later in [r for r in data.regularization if r.generate]:
+        log.warning("left out: %d pictures of %r; `litp fit` draws them", later.generate, later.prompt)
+        data.regularization.remove(later)
     try:
         data.setup("fit")
     finally:
