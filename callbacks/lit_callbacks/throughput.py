@@ -42,11 +42,12 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note the batch and log the median."""
+        """Note the batch; log the median whenever the loggers are due."""
         now = time.perf_counter()
         size = len(Batch.of(batch))
         if self._last is not None and now > self._last:
             self.rates.append(trainer.world_size * size / (now - self._last))
         self._last = now
-        if (rate := self.images_per_second) is not None:
+        due = trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0
+        if due and (rate := self.images_per_second) is not None:
             pl_module.log("images_per_second", rate, batch_size=size)

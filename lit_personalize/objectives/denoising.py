@@ -277,7 +277,9 @@ def masked_mean(squared_error: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def role_means(per_sample: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """Mean loss of each role in the batch, for the log."""
+    """Mean loss of each role, for the log; nothing where the batch has only one."""
     detached = per_sample.detach()
     present = [role for role in Role if bool(batch.where(role).any())]
+    if len(present) == 1:
+        return {}
     return {f"loss_{role.name.lower()}": detached[batch.where(role)].mean() for role in present}

@@ -28,7 +28,7 @@ from lit_personalize.tinyworld.scene import Kind, sample_scene
 from lit_personalize.tinyworld.training import Log, Stage, run_stage
 
 # Pairs, persons and signs are rare in the base's training set; here each has enough to learn from.
-COUNTS: dict[Kind, int] = {"object": 11_000, "critter": 5_000, "pair": 4_000, "person": 2_000, "sign": 2_000}
+COUNTS: dict[Kind, int] = {"object": 30_000, "critter": 5_000, "pair": 4_000, "person": 2_000, "sign": 2_000}
 STYLED_OBJECTS = 1_600
 DAMAGED_SHARE = 0.25
 DEFAULT_CONFIG: dict[str, Any] = {"size": 64, "widths": [24, 56, 96, 64], "hidden": 160, "dropout": 0.1}

@@ -69,3 +69,10 @@ def test_throughput_is_the_median_rate() -> None:
     assert meter.images_per_second is None
     meter.rates.extend([4.0, 4.0, 0.01, 4.2, 4.1, 4.1])
     assert meter.images_per_second == 4.1
+
+
+def test_throughput_is_logged_when_the_loggers_are_due(base: Path, tmp_path: Path) -> None:
+    trainer, _ = train(base, tmp_path, 3, [Throughput()], log_every_n_steps=2)
+    assert trainer.callback_metrics["images_per_second"] > 0
+    trainer, _ = train(base, tmp_path, 3, [Throughput()], log_every_n_steps=4)
+    assert "images_per_second" not in trainer.callback_metrics
