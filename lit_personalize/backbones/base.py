@@ -7,6 +7,7 @@ Text encoders, VAE and UNet are stock diffusers and transformers modules; famili
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from lit_personalize.errors import UsageError
 
 if TYPE_CHECKING:
     from lit_personalize.adapters.protocol import Adapter
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -74,6 +77,7 @@ class Base(nn.Module):
         self.processors: dict[str, AttentionProcessor] = install(unet)
         self.added_rows: list[AddedRows] = []
         self.vectors_of_token: dict[str, int] = {}
+        self._cut: set[str] = set()
         for encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True):
             _pool_at_end_token(encoder, tokenizer)
             self.added_rows.append(AddedRows(encoder, vocabulary=len(tokenizer)))
@@ -114,15 +118,27 @@ class Base(nn.Module):
         return caption
 
     def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
-        """Ids `[B, S]` per tokenizer, padded and truncated to the encoder's length."""
+        """Ids `[B, S]` per tokenizer, padded and truncated to the encoder's length; a cut caption is warned of once."""
         expanded = [self.expand(caption) for caption in captions]
-        return tuple(
+        found = tuple(
             tokenizer(
                 expanded, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
                 return_tensors="pt",
             ).input_ids
             for tokenizer in self.tokenizers
         )  # fmt: skip
+        for row in (found[0][:, -2] != self.tokenizers[0].pad_token_id).nonzero().flatten().tolist():
+            self._warn_of_cut(expanded[row])
+        return found
+
+    def _warn_of_cut(self, caption: str) -> None:
+        tokenizer = self.tokenizers[0]
+        ids = tokenizer(caption, truncation=False, verbose=False).input_ids
+        over = len(ids) - tokenizer.model_max_length
+        if over > 0 and caption not in self._cut:
+            self._cut.add(caption)
+            lost = tokenizer.decode(ids[-1 - over : -1]).strip()
+            log.warning("a caption is %d tokens too long and loses its end %r: %s", over, lost, caption)
 
     def encode_text(self, input_ids: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Text states `[B, S, E]` and pooled states `[B, P]` (None where the family has none)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -12,9 +13,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapter", type=Path, required=True, help="adapter file, folder, or run directory")
     parser.add_argument("--references", type=Path, help="folder with real pictures of the subject")
     parser.add_argument("--prompts", nargs="+", default=[], help="with the token in place")
-    parser.add_argument("--suite", choices=("dreambooth", "customconcept101"), help="take both from a data set")
-    parser.add_argument("--suite-dir", type=Path, help="its local directory, in the published layout")
-    parser.add_argument("--subject", help="which subject of the suite")
+    suites = ("tinyworld", "dreambooth", "customconcept101")
+    parser.add_argument("--suite", choices=suites, help="take both from a data set, or from the embedded world")
+    parser.add_argument("--suite-dir", type=Path, help="the data set's local directory, in the published layout")
+    parser.add_argument("--subject", help="which subject of the suite, for example critter-03")
     parser.add_argument("--token", default="<new1>")
     parser.add_argument("--clip", type=Path, help="local CLIPModel directory; the embedded one for tinyworld")
     parser.add_argument("--dino", type=Path, default=None, help="local ViT or DINO directory")
@@ -24,6 +26,30 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-o", "--output", type=Path, default=None, help="also write the report as JSON")
     parser.add_argument("--json", action="store_true")
     return parser
+
+
+def _embedded_suite(name: str | None, token: str, prompts: list[str], repeats: int) -> tuple[Any, list[str], Any]:
+    """Real pictures, prompts and the reader's figures for one subject of the embedded world.
+
+    Raises:
+        UsageError: There is no such subject, or prompts are given whose background the suite does not know.
+    """
+    from lit_personalize.errors import UsageError
+    from lit_personalize.tinyworld.build import committed_weights
+    from lit_personalize.tinyworld.concepts import HELD_OUT_CONCEPTS, subject_pictures
+    from lit_personalize.tinyworld.reader import Reader
+    from lit_personalize.tinyworld.suite import figures_by_reader, prompts_of
+
+    if name not in HELD_OUT_CONCEPTS:
+        known = ", ".join(sorted(HELD_OUT_CONCEPTS))
+        raise UsageError(f"the suite tinyworld has no subject {name!r}; --subject is one of: {known}")
+    if prompts:
+        raise UsageError("the suite tinyworld brings its own prompts; leave --prompts out, or name --references")
+    subject = HELD_OUT_CONCEPTS[name]
+    asked = prompts_of(subject, token)
+    grounds = [ground for _, ground in asked for _ in range(repeats)]
+    more = figures_by_reader(subject, grounds, Reader.load(committed_weights() / "reader"))
+    return list(subject_pictures(subject, 8, seed=999).pixels), [prompt for prompt, _ in asked], more
 
 
 def main(arguments: list[str]) -> int:
@@ -45,25 +71,28 @@ def main(arguments: list[str]) -> int:
     from lit_personalize.sampling.sampler import SamplingOptions
 
     clip = clip_directory(options.clip, options.base)
-    prompts = list(options.prompts)
-    if options.suite:
+    prompts, more = list(options.prompts), None
+    if options.suite == "tinyworld":
+        pixels, prompts, more = _embedded_suite(options.subject, options.token, prompts, len(options.seeds))
+    elif options.suite:
         if not options.suite_dir or not options.subject:
             raise UsageError("--suite needs --suite-dir and --subject")
         found = {s.name: s for s in SUITES[options.suite](options.suite_dir, options.token)}
         if options.subject not in found:
             raise UsageError(f"suite {options.suite} has no subject {options.subject!r}: {', '.join(sorted(found))}")
-        paths, prompts = list(found[options.subject].pictures), prompts or list(found[options.subject].prompts)
+        pixels = [read_image(path).pixels for path in found[options.subject].pictures]
+        prompts = prompts or list(found[options.subject].prompts)
     elif options.references:
-        paths = list_images(options.references)
+        pixels = [read_image(path).pixels for path in list_images(options.references)]
     else:
         raise UsageError("name real pictures with --references, or a suite")
     base = load_base(options.base)
     folder = options.adapter / "exports" if (options.adapter / "exports").is_dir() else options.adapter
-    side = base.resolution
-    pictures = [Image.fromarray(read_image(p).pixels).resize((side, side), Image.Resampling.BICUBIC) for p in paths]
+    sides = (base.resolution, base.resolution)
+    pictures = [np.asarray(Image.fromarray(p).resize(sides, Image.Resampling.BICUBIC)) for p in pixels]
     report = evaluate(
-        base, [load_adapter(folder, base)], np.stack([np.asarray(p) for p in pictures]), prompts, clip, options.token,
-        options.dino, options.seeds, SamplingOptions(options.steps, options.guidance),
+        base, [load_adapter(folder, base)], np.stack(pictures), prompts, clip, options.token, options.dino,
+        options.seeds, SamplingOptions(options.steps, options.guidance), more,
     )  # fmt: skip
     if options.output:
         write_text(options.output, report.to_json())

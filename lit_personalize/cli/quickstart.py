@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     from rich.table import Table
 
     table = Table(title="what the pictures show, read by the reader", title_justify="left")
-    for column in ("backgrounds never trained", "subject's attributes", "a critter at all", "asked background"):
+    for column in ("backgrounds never trained", "subject's attributes", "all of them", "asked background"):
         table.add_column(column)
     for name, row in figures.items():
         table.add_row(name, *(f"{value:.0%}" for value in row))
@@ -78,6 +78,7 @@ def measure(folder: Path, run: Path) -> dict[str, tuple[float, ...]]:
     from lit_personalize.tinyworld.card import captioned_grid
     from lit_personalize.tinyworld.concepts import QUICKSTART_SUBJECT, subject_pictures
     from lit_personalize.tinyworld.reader import Reader
+    from lit_personalize.tinyworld.suite import shares
 
     subject, noun = QUICKSTART_SUBJECT, QUICKSTART_SUBJECT.class_noun
     shown = {scene.background for scene in subject_pictures(QUICKSTART_SUBJECT, 5, seed=0).scenes}
@@ -92,11 +93,4 @@ def measure(folder: Path, run: Path) -> dict[str, tuple[float, ...]]:
     rows = {"untouched base": untouched, "with the adapter": adapted, "real pictures": real}
     captioned_grid(np.concatenate(list(rows.values())), prompts * 3, len(prompts)).save(folder / "compare.png")
     reader = Reader.load(committed_weights() / "reader")
-    return {name: _shares(reader.read(pixels), subject.attributes, grounds) for name, pixels in rows.items()}
-
-
-def _shares(readings: list, wanted: dict[str, str], grounds: tuple[str, ...]) -> tuple[float, ...]:  # type: ignore[type-arg]
-    looks = sum(r[head] == value for r in readings for head, value in wanted.items()) / (len(wanted) * len(readings))
-    kind = sum(r["kind"] == "critter" for r in readings) / len(readings)
-    right = sum(r["background"] == ground for r, ground in zip(readings, grounds, strict=True)) / len(readings)
-    return looks, kind, right
+    return {name: tuple(shares(pixels, subject, grounds, reader).values()) for name, pixels in rows.items()}

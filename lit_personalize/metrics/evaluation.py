@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -91,11 +91,13 @@ def evaluate(
     dino_dir: str | Path | None = None,
     seeds: Sequence[int] = (0, 1, 2, 3),
     options: SamplingOptions | None = None,
+    more: Callable[[np.ndarray, np.ndarray], dict[str, Figure]] | None = None,
 ) -> EvaluationReport:
     """Draw every prompt with every seed, with the adapters and without, and measure both.
 
     Args:
         prompts: With the token; metric models and the untouched base get them without it.
+        more: Further figures of the two sets of pictures, ordered by prompt, then seed.
 
     Raises:
         DataError: A metric model's directory is missing.
@@ -110,4 +112,6 @@ def evaluate(
     drawn_seeds = list(seeds) * len(prompts)
     generated = generate(base, asked, drawn_seeds, adapters, options)
     floor = generate(base, plain, drawn_seeds, None, options)
-    return EvaluationReport(compare(generated, floor, references, plain, clip, dino), list(prompts), list(seeds))
+    figures = more(generated, floor) if more else {}
+    figures.update(compare(generated, floor, references, plain, clip, dino))
+    return EvaluationReport(figures, list(prompts), list(seeds))

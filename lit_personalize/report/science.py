@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from lit_personalize.backbones.fingerprint import fingerprint_of
@@ -30,8 +29,6 @@ from lit_personalize.tinyworld.concepts import HELD_OUT_CONCEPTS, SUBJECTS_FOR_S
 
 SEEDS = (0, 1, 2)
 TOKEN = "<new1>"
-GROUNDS = ("red", "blue", "black", "orange", "pink", "purple", "gray", "cyan")
-PLACES = {"beach": "on the beach", "forest": "in the forest", "snow": "in the snow", "night": "at night"}
 
 
 @dataclass(frozen=True)
@@ -53,12 +50,6 @@ METHODS: dict[str, Method] = {
         "custom_diffusion/tinyworld", "shards", ("--data.init_args.augmentation", "none")
     ),
 }
-
-
-def prompts_of(subject: Subject) -> list[tuple[str, str]]:
-    """Unseen prompts and the background that each asks for."""
-    plain = [(f"a {TOKEN} {subject.class_noun} on a {g} background", g) for g in GROUNDS if g in subject.backgrounds()]
-    return plain + [(f"a {TOKEN} {subject.class_noun} {phrase}", name) for name, phrase in PLACES.items()]
 
 
 def cell_id(method: str, subject: str, seed: int, fingerprint: str) -> str:
@@ -121,17 +112,16 @@ def measure(subject: Subject, run: Path, weights: Path, seed: int, word: str) ->
     from lit_personalize.metrics.kernel_distance import mmd2
     from lit_personalize.sampling.sampler import SamplingOptions, generate
     from lit_personalize.tinyworld.reader import Reader
+    from lit_personalize.tinyworld.suite import prompts_of, shares
 
     base = load_base("tinyworld")
     adapter = load_adapter(run / "exports", base)
     options = SamplingOptions(steps=25, guidance=4.0, batch_size=16)
-    asked = prompts_of(subject)
-    prompts = [prompt.replace(TOKEN, word) for prompt, _ in asked] * 2
+    asked = prompts_of(subject, word)
+    prompts = [prompt for prompt, _ in asked] * 2
     seeds = [1000 * seed + i for i in range(len(prompts))]
     drawn = generate(base, prompts, seeds, [adapter], options)
-    readings = Reader.load(weights / "reader").read(drawn)
-    wanted = [ground for _, ground in asked] * 2
-    shown = [np.mean([r[head] == value for head, value in subject.attributes.items()]) for r in readings]
+    found = shares(drawn, subject, [ground for _, ground in asked] * 2, Reader.load(weights / "reader"))
     clip = Clip(weights / "clip")
     own = clip.images(drawn)
     training = clip.images(subject_pictures(subject, 5, seed).pixels)
@@ -141,9 +131,7 @@ def measure(subject: Subject, run: Path, weights: Path, seed: int, word: str) ->
     class_with = clip.images(generate(base, [noun] * 32, list(range(32)), [adapter], options))
     class_base = clip.images(generate(base, [noun] * 32, list(range(100, 132)), None, options))
     return {
-        "attributes": float(np.mean(shown)),
-        "all attributes": float(np.mean([s == 1 for s in shown])),
-        "background": float(np.mean([r["background"] == g for r, g in zip(readings, wanted, strict=True)])),
+        **found,
         "CLIP-I": alignment.image_alignment(own, training),
         "CLIP-I oracle": alignment.image_alignment(unseen, training),
         "CLIP-T normalised": alignment.normalised_text_alignment(own, clip.texts(plain)),

@@ -56,7 +56,10 @@ def build_scheduler(base: Base, options: SamplingOptions) -> Any:
 
 def start_noise(base: Base, seeds: Sequence[int], resolution: int | None = None) -> Tensor:
     """One draw per seed, `[N, C, h, w]` fp32, independent of batch and device."""
-    side = (resolution or base.resolution) // base.downscale
+    pixels = resolution or base.resolution
+    if pixels % base.downscale:
+        raise UsageError(f"resolution {pixels} is not a multiple of {base.downscale}, the pixels of a latent cell")
+    side = pixels // base.downscale
     shape = (base.latent_channels, side, side)
     return torch.cat([randomness.normal(shape, seed, "start", 0, [0]) for seed in seeds]).to(base.device)
 

@@ -136,6 +136,8 @@ def save_pipeline(
         module.to(dtype)
         config = folder / name / "config.json"  # without the path from which a part was once loaded
         kept = {k: v for k, v in json.loads(config.read_text(encoding="utf-8")).items() if k != "_name_or_path"}
+        if "dtype" in kept:  # else transformers would load fp16 where diffusers loads fp32
+            kept["dtype"] = "float32"
         config.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(folder / "tokenizer")
     new_scheduler().save_pretrained(folder / "scheduler")

@@ -124,3 +124,17 @@ def test_text_conditioning_is_what_stock_pipelines_compute(tiny_bases: dict[str,
     ours = base.condition(["a photo of a cat"])
     torch.testing.assert_close(ours.states, states)
     torch.testing.assert_close(ours.pooled, pooled)
+
+
+def test_a_cut_caption_is_warned_of_once(tiny_bases: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+    base = load_base(tiny_bases["sd1"])
+    room = base.tokenizers[0].model_max_length - 2
+    words = " ".join(["cat"] * room)
+    base.tokenize([words, "a cat"])
+    assert not caplog.records
+    for _ in range(2):
+        ids = base.tokenize([f"{words} dog dog", "a cat"])
+    assert ids[0].shape == (2, room + 2)
+    assert [r.message for r in caplog.records] == [
+        f"a caption is 2 tokens too long and loses its end 'dog dog': {words} dog dog"
+    ]
