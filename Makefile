@@ -13,12 +13,13 @@ TORCH_INDEX ?=
 EXTRAS ?= dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST_ARGS ?=
+BUDGET ?= 4h
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all lint types clean
+.PHONY: help install quickstart science test test-all lint types clean
 
 help:
-	@echo "make quickstart | test | test-all | lint | types | clean   (TORCH_INDEX, PYTEST_ARGS)"
+	@echo "make quickstart | science | test | test-all | lint | types | clean   (TORCH_INDEX, PYTEST_ARGS, BUDGET)"
 
 install: $(INSTALLED)
 
@@ -35,6 +36,11 @@ $(INSTALLED): pyproject.toml
 
 quickstart: $(INSTALLED)
 	@$(BIN)/litp quickstart
+
+# Resumable: cells that exist are kept, and a changed recipe or base makes new ones.
+science: $(INSTALLED)
+	@$(BIN)/python -m lit_personalize.report.science --budget $(BUDGET)
+	@$(BIN)/python -m lit_personalize.report.pages
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)

@@ -48,6 +48,7 @@ class Throughput(Callback):
         if self._last is not None and now > self._last:
             self.rates.append(trainer.world_size * size / (now - self._last))
         self._last = now
-        due = trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        due = every and trainer.global_step % every == 0
         if due and (rate := self.images_per_second) is not None:
             pl_module.log("images_per_second", rate, batch_size=size)

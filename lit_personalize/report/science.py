@@ -5,12 +5,14 @@ recipe or base makes new cells, finished ones are never repeated, missing ones p
 
     python -m lit_personalize.report.science [--budget 60m] [--out docs/science]
 
-The first seed of every method comes first, so that a short budget still compares all of them.
+`report.pages` writes the tables. The first seed of every method comes first, so that a short budget
+still compares all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import sys
@@ -21,14 +23,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
+from lit_personalize.atomic import write_text
 from lit_personalize.backbones.fingerprint import fingerprint_of
 from lit_personalize.backbones.loading import resolve
-from lit_personalize.tinyworld.concepts import HELD_OUT_CONCEPTS, SUBJECTS_FOR_SCIENCE, Subject, subject_pictures
+from lit_personalize.sampling.sampler import SamplingOptions
+from lit_personalize.tinyworld.concepts import (
+    HELD_OUT_CONCEPTS,
+    SUBJECTS_FOR_SCIENCE,
+    Subject,
+    class_pictures,
+    subject_pictures,
+)
 
 SEEDS = (0, 1, 2)
 TOKEN = "<new1>"
+OPTIONS = SamplingOptions(steps=25, guidance=4.0, batch_size=16)
 
 
 @dataclass(frozen=True)
@@ -90,7 +101,7 @@ def run_cell(method: str, name: str, seed: int, weights: Path, steps: int | None
                      "--model.init_args.seed", str(seed), "--data.init_args.seed", str(seed),
                      "--export.formats", "[diffusers]", *entry.changes]  # fmt: skip
         if entry.regularization == "shards":
-            dataset.write_shards(dataset.sample_pictures(200, seed + 50), work / "reg")
+            dataset.write_shards(class_pictures(subject, 200, seed + 50), work / "reg")
             given = f'[{{shards: "{work / "reg" / "00000.tar"}"}}]'
             arguments += ["--data.init_args.regularization", given]
         elif entry.regularization == "generated":
@@ -103,6 +114,15 @@ def run_cell(method: str, name: str, seed: int, weights: Path, steps: int | None
     return {"method": method, "subject": name, "seed": seed, **figures, "seconds": round(time.monotonic() - started)}
 
 
+@functools.lru_cache(maxsize=32)
+def _untouched(prompts: tuple[str, ...], seeds: tuple[int, ...]) -> np.ndarray:
+    """Pictures of the base alone, which many cells compare with."""
+    from lit_personalize.backbones.loading import load_base
+    from lit_personalize.sampling.sampler import generate
+
+    return generate(load_base("tinyworld"), prompts, seeds, None, OPTIONS)
+
+
 def measure(subject: Subject, run: Path, weights: Path, seed: int, word: str) -> dict[str, float]:
     """What the pictures of unseen prompts show, and how far class pictures moved."""
     from lit_personalize.backbones.loading import load_base
@@ -110,56 +130,47 @@ def measure(subject: Subject, run: Path, weights: Path, seed: int, word: str) ->
     from lit_personalize.metrics import alignment
     from lit_personalize.metrics.features import Clip
     from lit_personalize.metrics.kernel_distance import mmd2
-    from lit_personalize.sampling.sampler import SamplingOptions, generate
+    from lit_personalize.sampling.sampler import generate
     from lit_personalize.tinyworld.reader import Reader
     from lit_personalize.tinyworld.suite import prompts_of, shares
 
     base = load_base("tinyworld")
     adapter = load_adapter(run / "exports", base)
-    options = SamplingOptions(steps=25, guidance=4.0, batch_size=16)
     asked = prompts_of(subject, word)
     prompts = [prompt for prompt, _ in asked] * 2
-    seeds = [1000 * seed + i for i in range(len(prompts))]
-    drawn = generate(base, prompts, seeds, [adapter], options)
-    found = shares(drawn, subject, [ground for _, ground in asked] * 2, Reader.load(weights / "reader"))
-    clip = Clip(weights / "clip")
-    own = clip.images(drawn)
-    training = clip.images(subject_pictures(subject, 5, seed).pixels)
-    unseen = clip.images(subject_pictures(subject, 24, seed + 999).pixels)
+    grounds = [ground for _, ground in asked] * 2
     plain = [alignment.without_token(p, word) for p in prompts]
+    drawn = generate(base, prompts, [1000 * seed + i for i in range(len(prompts))], [adapter], OPTIONS)
+    reader, clip = Reader.load(weights / "reader"), Clip(weights / "clip")
+    own = clip.images(drawn)
     noun = f"a photo of a {subject.class_noun}"
-    class_with = clip.images(generate(base, [noun] * 32, list(range(32)), [adapter], options))
-    class_base = clip.images(generate(base, [noun] * 32, list(range(100, 132)), None, options))
-    return {
-        **found,
-        "CLIP-I": alignment.image_alignment(own, training),
-        "CLIP-I oracle": alignment.image_alignment(unseen, training),
+    class_with = clip.images(generate(base, [noun] * 32, list(range(32)), [adapter], OPTIONS))
+    class_base = clip.images(_untouched((noun,) * 32, tuple(range(100, 132))))
+    floor = _untouched(tuple(plain), tuple(1000 * seed + i for i in range(len(plain))))
+    training = clip.images(subject_pictures(subject, 5, seed).pixels)
+    real = np.concatenate([subject_pictures(subject, 1, 900 + i, (g,)).pixels for i, g in enumerate(grounds)])
+    figures = {
         "CLIP-T normalised": alignment.normalised_text_alignment(own, clip.texts(plain)),
         "KID x 1000, class prompt": 1000 * mmd2(class_with, class_base, "kid"),
-        "nearest training picture": alignment.nearest_similarity(own, training),
-        "nearest, real unseen": alignment.nearest_similarity(unseen, training),
     }
+    for suffix, pixels in (("", drawn), (", real", real), (", base", floor)):
+        features = clip.images(pixels)
+        values = shares(pixels, subject, grounds, reader)
+        values["CLIP-I"] = alignment.image_alignment(features, training)
+        values["nearest training picture"] = alignment.nearest_similarity(features, training)
+        figures.update({f"{name}{suffix}": value for name, value in values.items()})
+    return figures
 
 
-def table(found: dict[tuple[str, str, int], dict[str, Any]]) -> str:
-    """Mean and 95 % bootstrap interval over the cells of each method; missing cells are counted."""
-    from lit_personalize.metrics.alignment import interval
-
-    names = ["attributes", "all attributes", "background", "CLIP-I", "CLIP-T normalised", "KID x 1000, class prompt"]
-    lines = ["| method | cells | " + " | ".join(names) + " |", "| --- " * (len(names) + 2) + "|"]
-    total = len(SUBJECTS_FOR_SCIENCE) * len(SEEDS)
-    for method in METHODS:
-        rows = [cell for (m, _, _), cell in found.items() if m == method]
-        values = []
-        for name in names:
-            if not rows:
-                values.append("missing")
-                continue
-            column = torch.tensor([row[name] for row in rows])
-            low, high = interval(column)
-            values.append(f"{float(column.mean()):.3f} [{low:.3f}, {high:.3f}]")
-        lines.append(f"| {method} | {len(rows)}/{total} | " + " | ".join(values) + " |")
-    return "\n".join(lines) + "\n"
+def load_cells(folder: Path) -> tuple[dict[tuple[str, str, int], dict[str, Any]], str]:
+    """The finished cells of the present recipes and base, and the base's fingerprint."""
+    fingerprint = fingerprint_of(resolve("tinyworld"))
+    found = {}
+    for method, subject, seed in cells():
+        path = folder / f"{cell_id(method, subject, seed, fingerprint)}.json"
+        if path.exists():
+            found[method, subject, seed] = json.loads(path.read_text(encoding="utf-8"))
+    return found, fingerprint
 
 
 def main() -> int:
@@ -172,19 +183,13 @@ def main() -> int:
     options = parser.parse_args()
     configure_logging()
     end = time.monotonic() + seconds_of(options.budget)
-    fingerprint = fingerprint_of(resolve("tinyworld"))
     options.out.mkdir(parents=True, exist_ok=True)
-    found: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for method, subject, seed in cells():
-        path = options.out / f"{cell_id(method, subject, seed, fingerprint)}.json"
-        if not path.exists() and time.monotonic() < end:
-            print(f"{method}, {subject}, seed {seed}", file=sys.stderr, flush=True)
-            path.write_text(json.dumps(run_cell(method, subject, seed, committed_weights()), indent=2) + "\n")
-        if path.exists():
-            found[method, subject, seed] = json.loads(path.read_text(encoding="utf-8"))
-    text = table(found)
-    (options.out / "README.md").write_text(f"# Methods on the embedded world (base {fingerprint})\n\n{text}")
-    print(text)
+    found, fingerprint = load_cells(options.out)
+    for cell in cells():
+        if cell not in found and time.monotonic() < end:
+            print("{}, {}, seed {}".format(*cell), file=sys.stderr, flush=True)
+            result = json.dumps(run_cell(*cell, committed_weights()), indent=2) + "\n"
+            write_text(options.out / f"{cell_id(*cell, fingerprint)}.json", result)
     return 0
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from lit_personalize.tinyworld import vocabulary as v
 from lit_personalize.tinyworld.dataset import Pictures
 from lit_personalize.tinyworld.render import render
-from lit_personalize.tinyworld.scene import Scene, Thing, contrasting
+from lit_personalize.tinyworld.scene import Scene, Thing, contrasting, sample_split
 
 # Shapes with room for a texture.
 ROOMY_SHAPES = ("circle", "square", "triangle", "heart", "hexagon", "diamond", "oval")
@@ -104,3 +104,14 @@ def subject_pictures(
     pool = list(backgrounds) if backgrounds else [str(b) for b in rng.permutation(subject.backgrounds())]
     scenes = [subject.scene(pool[i % len(pool)], rng) for i in range(count)]
     return Pictures(np.stack([render(scene, size) for scene in scenes]), scenes)
+
+
+def class_pictures(subject: Subject, count: int, seed: int = 0) -> Pictures:
+    """Render `count` pictures of a subject's class as the base knows it: a regularization set."""
+    rng = np.random.default_rng([seed, 6])
+    scenes: list[Scene] = []
+    while len(scenes) < count:
+        scene = sample_split(rng, "train", kind="critter" if subject.is_critter else "object")
+        if subject.is_critter or scene.things[0].shape == subject.class_noun:
+            scenes.append(scene)
+    return Pictures(np.stack([render(scene) for scene in scenes]), scenes)

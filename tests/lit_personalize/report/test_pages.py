@@ -1,0 +1,70 @@
+"""Numbers in docs are those of the cells beside them, and verdicts follow from intervals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_personalize.errors import DataError
+from lit_personalize.report import pages
+from lit_personalize.report.pages import ORDERS, judge
+from lit_personalize.report.science import METHODS, SEEDS, load_cells
+from lit_personalize.tinyworld.concepts import SUBJECTS_FOR_SCIENCE
+
+DOCS = Path(__file__).parents[3] / "docs"
+
+
+def cells_with(**of_method: float) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """Every cell, each figure the method's number (0.5 unless given) plus the same noise per subject and seed."""
+    found = {}
+    for method in METHODS:
+        for i, subject in enumerate(SUBJECTS_FOR_SCIENCE):
+            for seed in SEEDS:
+                value = of_method.get(method.split(",")[0].split()[0], 0.5) + 0.01 * i + 0.003 * seed
+                row = {name: value for name in pages.COLUMNS}
+                row |= {f"{name}, {s}": 0.1 for name in pages.COLUMNS for s in ("real", "base")}
+                found[method, subject, seed] = {**row, "seconds": 60}
+    return found
+
+
+def test_every_page_is_current() -> None:
+    cells, fingerprint = load_cells(DOCS / "science")
+    for path, text in pages.pages(DOCS, cells, fingerprint).items():
+        assert path.read_text(encoding="utf-8") == text, f"{path} is stale: python -m lit_personalize.report.pages"
+
+
+@pytest.mark.parametrize(
+    ("textual", "verdict"),
+    [(0.2, "reproduced"), (0.9, "not reproduced: the opposite"), (0.5, "not reproduced: undecided")],
+)
+def test_a_verdict_follows_the_interval(textual: float, verdict: str) -> None:
+    effect, found = judge(cells_with(Textual=textual), ORDERS[0])
+    assert found == verdict
+    assert effect.startswith(f"{0.5 - textual:.3f} [")
+
+
+def test_lower_is_better_for_kid_and_missing_cells_are_said() -> None:
+    order = next(o for o in ORDERS if o.lower and o.worse == "DreamBooth-LoRA")
+    cells = cells_with(**{"DreamBooth-LoRA": 0.8})
+    assert judge(cells, order)[1] == "reproduced"
+    assert judge({}, order) == ("missing", "not measured")
+    text = pages.overview({k: v for k, v in cells.items() if k[2] == 0}, "0")
+    assert f"| Textual Inversion | {len(SUBJECTS_FOR_SCIENCE)}/{len(SUBJECTS_FOR_SCIENCE) * len(SEEDS)} |" in text
+    assert "| Textual Inversion | 0/" in pages.overview({}, "0")
+
+
+def test_the_bar_needs_both_shares() -> None:
+    assert pages.bar(cells_with(**{"DreamBooth-LoRA": 0.95})).endswith("met.")
+    assert "(DreamBooth-LoRA)" in pages.bar(cells_with(**{"DreamBooth-LoRA": 0.95}))
+    assert pages.bar(cells_with()).endswith("not met.")
+
+
+def test_a_page_without_marks_is_named(tmp_path: Path) -> None:
+    for name in pages.PAGES.values():
+        path = tmp_path / "methods" / f"{name}.md"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("# a page\n")
+    with pytest.raises(DataError, match="custom_diffusion.md lacks the lines"):
+        pages.pages(tmp_path, {}, "0")
