@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lit_personalize import checkpoints
 from lit_personalize.adapters.protocol import AdapterWeights
+from lit_personalize.adapters.token_embedding import CLASS
 from lit_personalize.batch import Role
 from lit_personalize.configuration import instantiate, parse
 from lit_personalize.errors import UsageError
@@ -50,9 +51,24 @@ def fit(arguments: Sequence[str]) -> RunDirectory:
         run.write_command()
         run.write_env()
         built = instantiate(parser, config)
+        name_initial_words(built)
         train(built, run)
         export_run(built, run)
     return run
+
+
+def name_initial_words(built: Namespace) -> None:
+    """Let tokens with `init: CLASS` begin at the class noun of the concept that they stand for.
+
+    Raises:
+        UsageError: No concept with a class noun has that token.
+    """
+    nouns = {c.token: c.class_noun for c in getattr(built.data, "concepts", ()) if c.token and c.class_noun}
+    for adapter in built.model.trained:
+        if getattr(adapter, "init", None) == CLASS:
+            if adapter.token not in nouns:
+                raise UsageError(f"{adapter.name} has init: {CLASS}, but no concept with a class_noun has this token")
+            adapter.init = nouns[adapter.token]
 
 
 def _load(path: str, **options: Any) -> Any:

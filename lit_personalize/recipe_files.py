@@ -24,14 +24,13 @@ def base_key(base: str) -> str:
     return "sd21" if unet.get("cross_attention_dim") == 1024 else "sd15"
 
 
-def recipe_text(method: str, key: str, base: str, token: str, class_noun: str) -> str:
+def recipe_text(method: str, key: str, base: str, token: str) -> str:
     """A recipe's YAML without its head comment, with base and token filled in."""
     path = RECIPES / method / f"{key}.yaml"
     if not path.is_file():
         raise UsageError(f"there is no recipe {method}/{key}; recipes: {', '.join(names())}")
     body = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    init = class_noun if key != "tinyworld" else "ktn"
-    text = "\n".join(body).replace("<new1>", token).replace("init: CLASS", f"init: {init}")
+    text = "\n".join(body).replace("<new1>", token)
     return "\n".join(f"    base: {base}" if line.startswith("    base: ") else line for line in text.splitlines())
 
 

@@ -15,13 +15,16 @@ from lit_personalize.adapters.protocol import Adapter, AdapterWeights
 from lit_personalize.backbones.base import Base
 from lit_personalize.errors import UsageError
 
+CLASS = "CLASS"
+"""Stands for the concept's class noun where an initializer word is asked for; `fit` puts it in."""
+
 
 class TokenEmbedding(Adapter):
     """One modifier token with `vectors` rows in every text encoder.
 
     Args:
         token: For example "<new1>"; must not be in the vocabulary.
-        init: Initializer word; must be one token of every tokenizer.
+        init: Initializer word; must be one token of every tokenizer. In a configuration, CLASS is the concept's noun.
         vectors: Rows; prompts are expanded to `<t> <t>_1 ...` as diffusers does.
     """
 

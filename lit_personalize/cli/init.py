@@ -62,7 +62,7 @@ def run_yaml(
     lines = [
         f"# {method.replace('_', ' ')} on {base}. Run it with: litp fit -c FILE (the same command continues).",
         f"name: {name}",
-        *recipe_text(method, base_key(base), base, token, class_noun).splitlines(),
+        *recipe_text(method, base_key(base), base, token).splitlines(),
     ]
     text = "\n".join(lines)
     concept = [f"path: {images}", f"class_noun: {class_noun}", f'prompt: "{METHODS[method][2]}"']

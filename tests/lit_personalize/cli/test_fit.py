@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from lit_personalize.backbones.loading import load_base
 from lit_personalize.cli.main import main
 from lit_personalize.configuration import parse
 from lit_personalize.recipe_files import names, recipe_text
@@ -158,7 +160,7 @@ def test_every_recipe_parses(recipe: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("key", ["tinyworld", "sd15", "sd21", "sdxl"])
 def test_every_method_has_a_recipe_for_every_base(method: str, key: str) -> None:
-    assert f"base: {key}" in recipe_text(method, key, key, "<new1>", "cat")
+    assert f"base: {key}" in recipe_text(method, key, key, "<new1>")
 
 
 def test_data_check_and_sheet_need_no_base(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,3 +170,20 @@ def test_data_check_and_sheet_need_no_base(workplace: Path, capsys: pytest.Captu
     assert json.loads(capsys.readouterr().out)["used"] >= 9  # photos, samples, and the shard itself
     assert main(["data", "sheet", "-c", "run.yaml"]) == 0
     assert (workplace / "sheet.png").exists()
+
+
+def test_a_token_begins_at_the_class_noun(
+    tiny_bases: dict[str, Path], workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _init(tiny_bases["sd1"], "textual_inversion") == 0
+    assert "init: CLASS" in (workplace / "run.yaml").read_text()
+    optimizer = "--model.init_args.optimizer.init_args"
+    assert main(["fit", *SMALL, f"{optimizer}.lr", "0.0", f"{optimizer}.weight_decay", "0"]) == 0
+    base = load_base(tiny_bases["sd1"])
+    row = base.text_encoders[0].get_input_embeddings().weight[base.tokenizers[0]("cat").input_ids[1]]
+    learned = load_file(workplace / "runs/run/exports/learned_embeds.safetensors")["<new1>"]
+    assert torch.allclose(learned.float().flatten(), row.float(), atol=1e-3)
+    capsys.readouterr()
+    nameless = "[{path: photos, token: <new1>, class_noun: '', prompt: a photo of a <new1>}]"
+    assert main(["fit", *SMALL, "--name", "other", "--data.init_args.concepts", nameless]) == 2
+    assert "no concept with a class_noun" in capsys.readouterr().err
