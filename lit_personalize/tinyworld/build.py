@@ -23,7 +23,7 @@ from lit_personalize.tinyworld.dataset import Pictures, sample_pictures
 from lit_personalize.tinyworld.training import Log
 
 VERSION = "tinyworld-v0"
-SHARES = {"vae": 0.22, "reader": 0.10, "clip": 0.08, "base": 0.55}  # the rest renders and scores
+SHARES = {"vae": 0.15, "reader": 0.15, "clip": 0.10, "base": 0.55}  # the rest renders and scores
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class BuildOptions:
     seed: int = 0
     processes: int = 2
     vae_steps: int = 6_000
-    base_steps: int = 9_000
+    base_steps: int = 12_000
     batch: int = 32
 
 

@@ -77,7 +77,7 @@ def train_diffusion(
     tokenizer: Any,
     folder: Path,
     *,
-    steps: int = 9000,
+    steps: int = 12_000,
     batch: int = 32,
     learning_rate: float = 1e-3,
     seconds: float | None = None,
