@@ -97,18 +97,28 @@ class Denoising(pl.LightningModule):
     # ---- building ---------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Load the base and attach the adapters; a second call does nothing."""
+        """Load the base and attach the adapters; a second call does nothing.
+
+        Weights are real and on the CPU whatever device the caller's context names ("meta", too), and
+        the global generator is left as it was.
+        """
         if self.base is not None:
             return
-        base = load_base(self.base_name, **self.base_options)
-        for adapter in self.trained:
-            adapter.attach(base, self.seed)
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            base = load_base(self.base_name, **self.base_options)
+            for adapter in self.trained:
+                adapter.attach(base, self.seed)
         if self.gradient_checkpointing:
             base.unet.enable_gradient_checkpointing()
         self.base = base
 
     @property
     def built(self) -> Base:
+        """The loaded base with its adapters attached.
+
+        Raises:
+            RuntimeError: `configure_model` has not run yet.
+        """
         if self.base is None:
             raise RuntimeError("configure_model has not run yet")
         return self.base
@@ -148,10 +158,12 @@ class Denoising(pl.LightningModule):
         return self.built.scale_latents(mean + std * self.noise("vae", mean.shape[1:], batch, step))
 
     def draw_timesteps(self, batch: Batch, step: int) -> Tensor:
+        """t ~ U{low, ..., high - 1} for every sample, int64 `[B]`; all timesteps of the schedule by default."""
         low, high = self.timesteps or (0, len(self.built.schedule))
         return randomness.integers(low, high, self.seed, "timestep", step, self._positions(batch)).to(batch.device)
 
     def draw_noise(self, z: Tensor, batch: Batch, step: int) -> Tensor:
+        """ε ~ N(0, I) in the shape of `z` `[B, C, h, w]`, plus k·n with n ~ N(0, 1) `[B, C, 1, 1]` (noise offset)."""
         noise = self.noise("noise", z.shape[1:], batch, step)
         if self.noise_offset:
             noise = noise + self.noise_offset * self.noise("noise-offset", (z.shape[1], 1, 1), batch, step)
@@ -216,8 +228,7 @@ class Denoising(pl.LightningModule):
 
     def training_step(self, batch: Mapping[str, Any] | Batch, batch_idx: int) -> Tensor:
         typed = Batch.of(batch)
-        for adapter in self.trained:
-            adapter.refresh(self.built.dtype)
+        self._refresh()
         loss = self.loss(typed, self.draws)
         self.draws += 1
         total = loss.reduce()
@@ -229,8 +240,13 @@ class Denoising(pl.LightningModule):
     def validation_step(self, batch: Mapping[str, Any] | Batch, batch_idx: int) -> None:
         """Held-out loss with draws that depend on the batch only, so that steps can be compared."""
         typed = Batch.of(batch)
+        self._refresh()  # the optimizer moved the factors after the last training step cast them
         loss = self.loss(typed, batch_idx)
         self.log("val_loss", loss.reduce(), prog_bar=True, batch_size=len(typed))
+
+    def _refresh(self) -> None:
+        for adapter in self.trained:
+            adapter.refresh(self.built.dtype)
 
     # ---- checkpoints ------------------------------------------------------------------------------
 
