@@ -10,6 +10,7 @@ from typing import Any
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="litp evaluate", description="Measure an adapter against real pictures.")
     parser.add_argument("--base", default="tinyworld", help='diffusers directory, single file, or "tinyworld"')
+    parser.add_argument("--base-config", default=None, help="configs and tokenizers of a single-file base")
     parser.add_argument("--adapter", type=Path, required=True, help="adapter file, folder, or run directory")
     parser.add_argument("--references", type=Path, help="folder with real pictures of the subject")
     parser.add_argument("--prompts", nargs="+", default=[], help="with the token in place")
@@ -23,13 +24,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=6.0)
+    parser.add_argument("--force", action="store_true", help="accept an adapter that was made for another base")
     parser.add_argument("-o", "--output", type=Path, default=None, help="also write the report as JSON")
     parser.add_argument("--json", action="store_true")
     return parser
 
 
-def _embedded_suite(name: str | None, token: str, prompts: list[str], repeats: int) -> tuple[Any, list[str], Any]:
-    """Real pictures, prompts and the reader's figures for one subject of the embedded world.
+def _embedded_suite(
+    name: str | None, token: str, prompts: list[str], repeats: int
+) -> tuple[list[Any], list[str], Any, Any]:
+    """Real pictures, prompts, the reader's figures and real renders of the prompts for one embedded subject.
 
     Raises:
         UsageError: There is no such subject, or prompts are given whose background the suite does not know.
@@ -38,7 +42,7 @@ def _embedded_suite(name: str | None, token: str, prompts: list[str], repeats: i
     from lit_personalize.tinyworld.build import committed_weights
     from lit_personalize.tinyworld.concepts import HELD_OUT_CONCEPTS, subject_pictures
     from lit_personalize.tinyworld.reader import Reader
-    from lit_personalize.tinyworld.suite import figures_by_reader, prompts_of
+    from lit_personalize.tinyworld.suite import asked_pictures, figures_by_reader, prompts_of
 
     if name not in HELD_OUT_CONCEPTS:
         known = ", ".join(sorted(HELD_OUT_CONCEPTS))
@@ -49,7 +53,8 @@ def _embedded_suite(name: str | None, token: str, prompts: list[str], repeats: i
     asked = prompts_of(subject, token)
     grounds = [ground for _, ground in asked for _ in range(repeats)]
     more = figures_by_reader(subject, grounds, Reader.load(committed_weights() / "reader"))
-    return list(subject_pictures(subject, 8, seed=999).pixels), [prompt for prompt, _ in asked], more
+    real = list(subject_pictures(subject, 8, seed=999).pixels)
+    return real, [prompt for prompt, _ in asked], more, asked_pictures(subject, grounds)
 
 
 def main(arguments: list[str]) -> int:
@@ -71,9 +76,9 @@ def main(arguments: list[str]) -> int:
     from lit_personalize.sampling.sampler import SamplingOptions
 
     clip = clip_directory(options.clip, options.base)
-    prompts, more = list(options.prompts), None
+    prompts, more, matched = list(options.prompts), None, None
     if options.suite == "tinyworld":
-        pixels, prompts, more = _embedded_suite(options.subject, options.token, prompts, len(options.seeds))
+        pixels, prompts, more, matched = _embedded_suite(options.subject, options.token, prompts, len(options.seeds))
     elif options.suite:
         if not options.suite_dir or not options.subject:
             raise UsageError("--suite needs --suite-dir and --subject")
@@ -86,13 +91,14 @@ def main(arguments: list[str]) -> int:
         pixels = [read_image(path).pixels for path in list_images(options.references)]
     else:
         raise UsageError("name real pictures with --references, or a suite")
-    base = load_base(options.base)
+    base = load_base(options.base, config=options.base_config)
     folder = options.adapter / "exports" if (options.adapter / "exports").is_dir() else options.adapter
     sides = (base.resolution, base.resolution)
     pictures = [np.asarray(Image.fromarray(p).resize(sides, Image.Resampling.BICUBIC)) for p in pixels]
+    adapter = load_adapter(folder, base, force=options.force)
     report = evaluate(
-        base, [load_adapter(folder, base)], np.stack(pictures), prompts, clip, options.token, options.dino,
-        options.seeds, SamplingOptions(options.steps, options.guidance), more,
+        base, [adapter], np.stack(pictures), prompts, clip, options.token, options.dino, options.seeds,
+        SamplingOptions(options.steps, options.guidance), more, matched,
     )  # fmt: skip
     if options.output:
         write_text(options.output, report.to_json())
@@ -106,7 +112,7 @@ def main(arguments: list[str]) -> int:
     for column in ("metric", "adapter", "real pictures", "untouched base", "n", "model"):
         table.add_column(column)
     for name, figure in report.figures.items():
-        numbers = ["" if x is None else f"{x:.4f}" for x in (figure.value, figure.oracle, figure.floor)]
-        table.add_row(name, *numbers, str(figure.n), figure.model)
+        value, oracle, floor = ("" if x is None else f"{x:.4f}" for x in (figure.value, figure.oracle, figure.floor))
+        table.add_row(name, value, oracle or figure.without_oracle, floor, str(figure.n), figure.model)
     Console().print(table)
     return 0

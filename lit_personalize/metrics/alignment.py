@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torchmetrics.functional import pairwise_cosine_similarity
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
     """All pairwise cosines `[len(a), len(b)]` in fp64."""
-    return F.normalize(a.double(), dim=1) @ F.normalize(b.double(), dim=1).T
+    return pairwise_cosine_similarity(a.double(), b.double())
 
 
 def image_alignment(generated: Tensor, references: Tensor) -> float:
@@ -57,6 +57,14 @@ def normalised_text_alignment(generated: Tensor, captions: Tensor) -> float:
 def nearest_similarity(pictures: Tensor, training: Tensor) -> float:
     """Mean over pictures of the cosine with the nearest training picture: high values mean memorisation."""
     return float(cosines(pictures, training).max(1).values.mean())
+
+
+def nearest_oracle(references: Tensor) -> float:
+    """Mean over real pictures of the cosine with the nearest other one: what an unseen real picture scores."""
+    if len(references) < 2:
+        return float("nan")
+    matrix = cosines(references, references)
+    return float(matrix.fill_diagonal_(-1.0).max(1).values.mean())
 
 
 def without_token(prompt: str, token: str | None) -> str:

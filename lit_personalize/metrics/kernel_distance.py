@@ -33,12 +33,16 @@ KERNELS: dict[str, Kernel] = {
     "linear": lambda x, y: x @ y.T,
 }
 
+SMALLEST_TO_HALVE = 4
+"""Samples that give two for each side of an unbiased estimate."""
+
 
 def mmd2(x: Tensor, y: Tensor, kernel: str = "kid", biased: bool = False) -> float:
     """Squared MMD of `[m, d]` and `[n, d]` in fp64; m and n may differ.
 
     Unbiased (Gretton et al., 2012, eq. 3): Σ_{i≠j} k(x_i, x_j) / m(m-1) + the same for y - 2 mean k(x, y). It may be
-    negative for few samples. Biased (eq. 5) uses all pairs and is never negative.
+    negative for few samples. Biased (eq. 5) uses all pairs and is never negative. torchmetrics computes the same KID
+    for sets of one size only, and no Gaussian kernel.
 
     Raises:
         ValueError: Fewer than two samples for the unbiased estimate, or an unknown kernel.
@@ -56,3 +60,11 @@ def mmd2(x: Tensor, y: Tensor, kernel: str = "kid", biased: bool = False) -> flo
     own_x = (kxx.sum() - kxx.diagonal().sum()) / (m * (m - 1))
     own_y = (kyy.sum() - kyy.diagonal().sum()) / (n * (n - 1))
     return float(own_x + own_y - 2 * kxy.mean())
+
+
+def halves_mmd2(x: Tensor, kernel: str = "kid") -> float | None:
+    """Unbiased `mmd2` of every second row of `[n, d]` with the others: one distribution against itself.
+
+    None where n < `SMALLEST_TO_HALVE`.
+    """
+    return mmd2(x[::2], x[1::2], kernel) if len(x) >= SMALLEST_TO_HALVE else None

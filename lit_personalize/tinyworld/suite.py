@@ -39,11 +39,16 @@ def shares(pixels: np.ndarray, subject: Subject, grounds: Sequence[str], reader:
     }
 
 
+def asked_pictures(subject: Subject, grounds: Sequence[str]) -> np.ndarray:
+    """Real renders of a subject, one before each background: uint8 `[N, 64, 64, 3]`."""
+    return np.concatenate([subject_pictures(subject, 1, 900 + i, (g,)).pixels for i, g in enumerate(grounds)])
+
+
 def figures_by_reader(
     subject: Subject, grounds: Sequence[str], reader: Reader
 ) -> Callable[[np.ndarray, np.ndarray], dict[str, Figure]]:
     """A function of (adapter's pictures, untouched base's pictures) that gives `shares` beside real renders."""
-    real = np.concatenate([subject_pictures(subject, 1, 900 + i, (g,)).pixels for i, g in enumerate(grounds)])
+    real = asked_pictures(subject, grounds)
 
     def measure(generated: np.ndarray, floor: np.ndarray) -> dict[str, Figure]:
         value, oracle, low = (shares(pixels, subject, grounds, reader) for pixels in (generated, real, floor))

@@ -115,6 +115,18 @@ def test_litp_draws_the_same_picture(
     assert "name a diffusers directory of the same family" in capsys.readouterr().err
 
 
+def test_litp_evaluates_a_single_file(
+    tiny_bases: dict[str, Path], single_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "real.png")
+    given = ["evaluate", "--base", str(single_file), "--references", str(tmp_path), "--prompts", "a cat"]
+    given += ["--clip", str(tmp_path), "--adapter", str(tmp_path / "none")]
+    assert main(given) == 2
+    assert "name a diffusers directory of the same family" in capsys.readouterr().err
+    assert main([*given, "--base-config", str(tiny_bases["sd1"])]) == 3
+    assert str(tmp_path / "none") in capsys.readouterr().err, "the base was read, the adapter is missing"
+
+
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "first_stage_model.", "cond_stage_model."])
 def test_a_file_without_one_of_the_models_is_refused(
     tiny_bases: dict[str, Path], single_file: Path, tmp_path: Path, prefix: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +17,11 @@ from lit_personalize.backbones.loading import load_base
 from lit_personalize.backbones.tiny import write_tiny_clip
 from lit_personalize.errors import DataError, UsageError
 from lit_personalize.metrics import alignment
-from lit_personalize.metrics.evaluation import evaluate
+from lit_personalize.metrics.evaluation import TEXT_MEASURES, Figure, evaluate
 from lit_personalize.metrics.features import Clip, Dino
 from lit_personalize.metrics.kernel_distance import KERNELS, mmd2
 from lit_personalize.metrics.suites import customconcept101, dreambooth
-from lit_personalize.sampling.sampler import SamplingOptions
+from lit_personalize.sampling.sampler import SamplingOptions, generate
 
 
 def _features(n: int, d: int = 16, seed: int = 0, shift: float = 0.0) -> Tensor:
@@ -129,22 +130,79 @@ def metric_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     return write_tiny_clip(root / "clip"), root / "vit"
 
 
-def test_evaluate_reports_value_oracle_and_floor(tiny_bases: dict[str, Path], metric_models: tuple[Path, Path]) -> None:
-    base = load_base(tiny_bases["sd1"])
-    adapter = LoRA(rank=2)
+DISTANCES = ("KID", "MMD (CMMD's kernel)")
+
+
+def _evaluated(base_dir: Path, models: tuple[Path, Path], pictures: int, **more: Any) -> dict[str, Figure]:
+    base = load_base(base_dir)
+    adapter = LoRA(rank=2)  # untrained: draws what the base draws
     adapter.attach(base)
-    references = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), dtype=np.uint8)
-    options = SamplingOptions(steps=2)
-    prompts = ["a photo of a cat", "a photo of a dog"]
-    report = evaluate(base, [adapter], references, prompts, metric_models[0], "<new1>", metric_models[1], (0,), options)
-    for name in ("CLIP-I", "DINO-I", "CLIP-T", "CLIP-T normalised", "nearest training picture"):
-        figure = report.figures[name]
-        assert figure.n == 2 and figure.floor is not None
-        assert figure.value == pytest.approx(figure.floor, abs=1e-5)  # an untrained LoRA is the base
-    assert report.figures["CLIP-I"].oracle is not None
-    assert json.loads(report.to_json())["prompts"] == prompts
+    references = np.random.default_rng(0).integers(0, 255, (pictures, 32, 32, 3), dtype=np.uint8)
+    prompts = ["a photo of a <new1> cat", "a photo of a <new1> dog"]
+    given = (references, prompts, models[0], "<new1>", models[1], (0, 1), SamplingOptions(steps=2))
+    report = evaluate(base, [adapter], *given, **more)
+    json.loads(report.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert report.prompts == prompts and all(figure.n == 4 for figure in report.figures.values())
+    return report.figures
+
+
+def test_evaluate_reports_value_oracle_and_floor(tiny_bases: dict[str, Path], metric_models: tuple[Path, Path]) -> None:
+    matched = np.random.default_rng(1).integers(0, 255, (4, 32, 32, 3), dtype=np.uint8)
+    figures = _evaluated(tiny_bases["sd1"], metric_models, 5, matched=matched)
+    expected = ["CLIP-I", "DINO-I", "nearest training picture", *TEXT_MEASURES]
+    expected += [f"{d} {place} x 1000" for d in DISTANCES for place in ("to real pictures", "of the class to the base")]
+    assert sorted(figures) == sorted(expected)
+    for name, figure in figures.items():
+        assert figure.floor is not None and figure.oracle is not None and not figure.without_oracle, name
+    for name in (n for n in figures if "of the class" in n):
+        # Drawn without token: an untrained adapter has not moved the class, and another draw is not the same.
+        assert figures[name].value == pytest.approx(figures[name].floor, abs=1e-3) and figures[name].floor != 0
+    clip, dino = Clip(metric_models[0]), Dino(metric_models[1])
+    references = np.random.default_rng(0).integers(0, 255, (5, 32, 32, 3), dtype=np.uint8)
+    real = clip.images(references)
+    assert figures["DINO-I"].oracle == alignment.image_oracle(dino.images(references))
+    assert figures["nearest training picture"].oracle == alignment.nearest_oracle(real)
+    assert figures["KID to real pictures x 1000"].oracle == pytest.approx(1000 * mmd2(real[[0, 2, 4]], real[[1, 3]]))
+    assert figures["MMD (CMMD's kernel) to real pictures x 1000"].oracle == pytest.approx(
+        1000 * mmd2(real[[0, 2, 4]], real[[1, 3]], "cmmd")
+    )
+    captions = clip.texts(["a photo of a cat"] * 2 + ["a photo of a dog"] * 2)
+    assert figures["CLIP-T"].oracle == alignment.text_alignment(clip.images(matched), captions)
+
+
+def test_the_base_is_compared_with_itself_on_other_seeds(
+    tiny_bases: dict[str, Path], metric_models: tuple[Path, Path]
+) -> None:
+    figures = _evaluated(tiny_bases["sd1"], metric_models, 2)
+    base, clip = load_base(tiny_bases["sd1"]), Clip(metric_models[0])
+    prompts, options = ["a photo of a cat"] * 2 + ["a photo of a dog"] * 2, SamplingOptions(steps=2)
+    first, second = (clip.images(generate(base, prompts, s, None, options)) for s in ([0, 1, 0, 1], [2, 3, 2, 3]))
+    for label, kernel in zip(DISTANCES, ("kid", "cmmd"), strict=True):
+        figure = figures[f"{label} of the class to the base x 1000"]
+        assert figure.floor == pytest.approx(1000 * mmd2(first, second, kernel), abs=1e-4)
+
+
+@pytest.mark.parametrize(("pictures", "reason"), [(1, "n < 2"), (3, "n < 4")])
+def test_a_missing_oracle_says_why(
+    tiny_bases: dict[str, Path], metric_models: tuple[Path, Path], pictures: int, reason: str
+) -> None:
+    figures = _evaluated(tiny_bases["sd1"], metric_models, pictures)
+    assert figures["CLIP-T"].oracle is None and figures["CLIP-T"].without_oracle == "no captions"
+    name = "CLIP-I" if pictures < 2 else "KID to real pictures x 1000"
+    assert figures[name].oracle is None and figures[name].without_oracle == reason
+
+
+def test_evaluate_refuses_nothing_to_compare(tiny_bases: dict[str, Path], metric_models: tuple[Path, Path]) -> None:
+    references = np.zeros((1, 32, 32, 3), np.uint8)
     with pytest.raises(UsageError, match="at least one prompt"):
-        evaluate(base, [adapter], references, [], metric_models[0])
+        evaluate(load_base(tiny_bases["sd1"]), [], references, [], metric_models[0])
+
+
+def test_nearest_oracle_leaves_the_picture_itself_out() -> None:
+    x = torch.tensor([[1.0, 0.0], [1.0, 1.0], [-1.0, 0.0]])
+    by_hand = np.mean([0.5**0.5, 0.5**0.5, -(0.5**0.5)])
+    assert abs(alignment.nearest_oracle(x) - by_hand) < 1e-6
+    assert np.isnan(alignment.nearest_oracle(x[:1]))
 
 
 def test_features_do_not_depend_on_the_batch(metric_models: tuple[Path, Path]) -> None:

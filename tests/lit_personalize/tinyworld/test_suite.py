@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,15 @@ def test_evaluate_with_the_embedded_suite(tmp_path: Path, capsys: pytest.Capture
     assert main([*asked, "--steps", "1", "--subject", "critter-03"]) == 0
     shown = capsys.readouterr().out
     assert "attributes" in shown and "CLIP-I" in shown and "untouched base" in shown
+    object.__setattr__(base, "fingerprint", "another")
+    for file in (tmp_path / "exports").iterdir():
+        file.unlink()
+    export(adapter.export_weights(), tmp_path / "exports", base, "none", ["diffusers"])
+    assert main([*asked, "--subject", "critter-03"]) == 3
+    assert "force" in capsys.readouterr().err
+    assert main([*asked, "--steps", "1", "--subject", "critter-03", "--force", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)["figures"]
+    assert all(figure["oracle"] is not None and figure["floor"] is not None for figure in figures.values())
     assert main([*asked, "--subject", "critter-3"]) == 2
     assert "no subject 'critter-3'" in capsys.readouterr().err
     assert main([*asked, "--subject", "critter-03", "--prompts", "a cat"]) == 2
