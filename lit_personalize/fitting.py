@@ -149,12 +149,12 @@ def prepare_data(built: Namespace, run: RunDirectory) -> None:
     objective.configure_model()
     base = objective.built
     if hasattr(data, "bind"):
+        how = SamplingOptions(built.sampling.steps, built.sampling.guidance)
 
         def draw(captions: Sequence[str], seeds: Sequence[int]) -> Any:
-            options = SamplingOptions(built.sampling.steps, built.sampling.guidance)
-            return generate(base, list(captions), list(seeds), None, options, data.resolution)
+            return generate(base, list(captions), list(seeds), None, how, data.resolution)
 
-        data.bind(base, base, draw, base.fingerprint)
+        data.bind(base, base, draw, f"{base.fingerprint} {base.dtype} {base.vae.dtype} {how}")
     try:
         data.prepare_data()
         data.setup("fit")

@@ -102,7 +102,7 @@ class PersonalizationData(pl.LightningDataModule):
         self._text: TextEncoder | None = None
         self._images: ImageEncoder | None = None
         self._generator: Generator | None = None
-        self._base = ""
+        self._identity = ""
         self._ids: dict[str, tuple[Tensor, ...]] = {}
         self._expected: dict[str, Any] | None = None
         self._loader: StepLoader[Slot] | None = None
@@ -119,8 +119,12 @@ class PersonalizationData(pl.LightningDataModule):
         generator: Generator | None = None,
         identity: str = "",
     ) -> None:
-        """Give the module a base's encoders, before `setup`; `identity` names the base for generated sets."""
-        self._text, self._images, self._generator, self._base = text_encoder, image_encoder, generator, identity
+        """Give the module a base's encoders, before `setup`.
+
+        `identity` names all that decides what `generator` draws besides caption, seed and resolution: the base, its
+        precision, scheduler, steps and guidance. Generated sets are kept under it.
+        """
+        self._text, self._images, self._generator = text_encoder, image_encoder, generator
         if self._wants_native_resolution:
             self.resolution = image_encoder.resolution
         if self.resolution % image_encoder.downscale:
@@ -128,6 +132,7 @@ class PersonalizationData(pl.LightningDataModule):
                 f"data.resolution {self.resolution} is no multiple of {image_encoder.downscale}, "
                 "the pixels per latent cell of this base"
             )
+        self._identity = f"{identity} {self.resolution} px"
 
     # ---- reading ----------------------------------------------------------------------------------
 
@@ -147,7 +152,7 @@ class PersonalizationData(pl.LightningDataModule):
         """Draw generated regularization sets that are not there yet; one process does it for all."""
         for options in self.regularization:
             if options.generate:
-                regularization.generated_folder(options, self._generator, self._base)
+                regularization.generated_folder(options, self._generator, self._identity)
 
     def setup(self, stage: str | None = None) -> None:
         """Read all pictures and captions once; a second call does nothing.
@@ -167,7 +172,7 @@ class PersonalizationData(pl.LightningDataModule):
             contents = read_concept(index, concept, self.flip, longest, self.seed)
             self._take(contents, samples, held_out)
         for index, options in enumerate(self.regularization):
-            read = regularization.read_set(index, options, longest, self._generator, self._base)
+            read = regularization.read_set(index, options, longest, self._generator, self._identity)
             self._take(read, samples, held_out)
         manifest.check_skipped(self.records, self.strict, self.max_skipped)
         self._refuse_empty(samples)
@@ -318,6 +323,9 @@ class PersonalizationData(pl.LightningDataModule):
         return {
             "seed": self.seed, "resolution": self.resolution, "batch_size": self.batch_size, "crop": self.crop,
             "augmentation": self.augmentation, "flip": self.flip, "mixing": self.mixing,
+            "concepts.repeats": [concept.repeats for concept in self.concepts],
+            "concepts.flip": [concept.flip for concept in self.concepts],
+            "regularization.per_batch": [options.per_batch for options in self.regularization],
         }  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:

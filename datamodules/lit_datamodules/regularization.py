@@ -62,7 +62,7 @@ class Regularization:
 
 
 def read_set(
-    index: int, options: Regularization, longest: int, generator: Generator | None, base: str
+    index: int, options: Regularization, longest: int, generator: Generator | None, identity: str
 ) -> FolderContents:
     """Read (or draw, then read) one set; what cannot be used becomes a record with its reason.
 
@@ -70,7 +70,7 @@ def read_set(
         index: Number of the set.
         longest: Shorter side in pixels above which pictures are shrunk to save memory.
         generator: Draws a set that is to be generated and is not there yet.
-        base: Fingerprint of the base that draws.
+        identity: Of what draws: the base and every setting that decides its pictures.
 
     Raises:
         DataError: A folder or shard is missing or empty.
@@ -78,7 +78,7 @@ def read_set(
     """
     if options.shards:
         return read_shards(index, options.shards, longest)
-    folder = Path(options.folder) if options.folder else generated_folder(options, generator, base)
+    folder = Path(options.folder) if options.folder else generated_folder(options, generator, identity)
     return read_folder(index, folder, options.prompt, longest)
 
 
@@ -227,20 +227,20 @@ def _find(folder: Path, line: str) -> Path:
 # ---- generated sets -------------------------------------------------------------------------------------
 
 
-def generated_path(options: Regularization, base: str) -> Path:
+def generated_path(options: Regularization, identity: str) -> Path:
     """Where a generated set lies: named by everything that decides its pictures."""
-    key = json.dumps([base, options.prompt, options.generate, options.seed]).encode()
+    key = json.dumps([identity, options.prompt, options.generate, options.seed]).encode()
     return Path(options.cache) / hashlib.sha256(key).hexdigest()[:16]
 
 
-def generated_folder(options: Regularization, generator: Generator | None, base: str) -> Path:
+def generated_folder(options: Regularization, generator: Generator | None, identity: str) -> Path:
     """Draw a set once and keep it; the folder appears when it is whole.
 
     Raises:
         DataOptionError: It is not there yet, and no base is bound that could draw it.
         DataError: The base gave something else than pictures.
     """
-    folder = generated_path(options, base)
+    folder = generated_path(options, identity)
     if folder.is_dir():
         return folder
     if generator is None:

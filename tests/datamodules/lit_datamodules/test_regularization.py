@@ -7,12 +7,15 @@ import re
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from lit_datamodules.concept_folder import Concept
 from lit_datamodules.errors import DataError, DataOptionError
+from lit_datamodules.personalization import PersonalizationData
 from lit_datamodules.regularization import Regularization, generated_folder, read_folder, read_set, read_shards
 
 Write = Callable[..., Path]
@@ -167,6 +170,16 @@ def test_generated_set_is_drawn_once_by_seed(tmp_path: Path) -> None:
     assert painter.asked == list(range(5, 25))
     read_set(0, options, 256, painter, "another base")
     assert len(painter.asked) == 40, "another base draws another set"
+
+
+def test_another_resolution_or_sampler_is_another_set(base: Any, folder: Write, tmp_path: Path) -> None:
+    concept = Concept(str(folder()), "cat", prompt="a cat")
+    options = Regularization(generate=2, prompt="a toy", cache=str(tmp_path / "cache"))
+    for resolution, identity in ((32, "25 steps"), (32, "25 steps"), (64, "25 steps"), (32, "50 steps")):
+        data = PersonalizationData([concept], resolution, options)
+        data.bind(base, base, Painter(), identity)
+        data.prepare_data()
+    assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
 def test_generation_that_broke_off_leaves_nothing(tmp_path: Path) -> None:

@@ -135,3 +135,24 @@ def test_changed_options_are_warned_of(train: Callable[..., Recorder], caplog: p
     assert "data.batch_size" not in caplog.text
     train(4, resume=3, batch_size=1)
     assert "data.batch_size was 2 when the checkpoint was written and is 1 now" in caplog.text
+
+
+def test_changed_weights_of_the_streams_are_warned_of(
+    base: Any, folder: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What decides how often a picture comes, and how, is an option like the others."""
+    photos, reg = str(folder(count=3)), str(folder("reg", 3, 8))
+
+    def data(repeats: int, flip: float | None, per_batch: int | None) -> PersonalizationData:
+        concept = Concept(photos, "cat", prompt="a cat", repeats=repeats, flip=flip)
+        made = PersonalizationData([concept], 32, Regularization(folder=reg, prompt="a cat", per_batch=per_batch))
+        made.bind(base, base)
+        made.setup("fit")
+        return made
+
+    saved = data(1, None, None).state_dict()
+    data(1, None, None).load_state_dict(saved)
+    assert not caplog.text
+    data(2, 0.5, 3).load_state_dict(saved)
+    for what in ("concepts.repeats was [1]", "concepts.flip was [None]", "regularization.per_batch was [None]"):
+        assert f"data.{what} when the checkpoint was written" in caplog.text
