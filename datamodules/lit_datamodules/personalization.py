@@ -33,7 +33,7 @@ from lit_datamodules.training_view import Augmentation, Geometry, Shot, decide, 
 log = logging.getLogger(__name__)
 
 LARGEST_ZOOM = 1.4
-DEFAULT_DOWNSCALE = 8  # of sheets that are drawn without a base
+DEFAULT_DOWNSCALE = 8  # until the base is known
 Drawn = tuple[Slot, Shot, Tensor | None]
 
 
@@ -103,6 +103,7 @@ class PersonalizationData(pl.LightningDataModule):
         self._images: ImageEncoder | None = None
         self._generator: Generator | None = None
         self._identity = ""
+        self._downscale = DEFAULT_DOWNSCALE
         self._ids: dict[str, tuple[Tensor, ...]] = {}
         self._expected: dict[str, Any] | None = None
         self._loader: StepLoader[Slot] | None = None
@@ -125,21 +126,29 @@ class PersonalizationData(pl.LightningDataModule):
         precision, scheduler, steps and guidance. Generated sets are kept under it.
         """
         self._text, self._images, self._generator = text_encoder, image_encoder, generator
+        self.suit(image_encoder.resolution, image_encoder.downscale)
+        self._identity = f"{identity} {self.resolution} px"
+
+    def suit(self, resolution: int, downscale: int) -> None:
+        """Take the native side and the pixels per latent cell of a base; enough to check and show data.
+
+        Raises:
+            DataOptionError: The configured resolution lies between two latent cells.
+        """
+        self._downscale = downscale
         if self._wants_native_resolution:
-            self.resolution = image_encoder.resolution
-        if self.resolution % image_encoder.downscale:
+            self.resolution = resolution
+        if self.resolution % downscale:
             raise DataOptionError(
-                f"data.resolution {self.resolution} is no multiple of {image_encoder.downscale}, "
+                f"data.resolution {self.resolution} is no multiple of {downscale}, "
                 "the pixels per latent cell of this base"
             )
-        self._identity = f"{identity} {self.resolution} px"
 
     # ---- reading ----------------------------------------------------------------------------------
 
     @property
     def geometry(self) -> Geometry:
-        downscale = DEFAULT_DOWNSCALE if self._images is None else self._images.downscale
-        return Geometry(self.resolution, downscale, self.augmentation, self.crop, self.seed)
+        return Geometry(self.resolution, self._downscale, self.augmentation, self.crop, self.seed)
 
     def _refuse_moving_cache(self) -> None:
         if self.cache_latents is True and not self.geometry.still:

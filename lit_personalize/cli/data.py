@@ -3,11 +3,41 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
+
+
+def native_geometry(base: str, config: str | None = None) -> tuple[int, int] | None:
+    """Native side of a base in pixels, and pixels per latent cell, from its configs alone.
+
+    None, with a warning, where the base is not at hand: pictures can be checked before it is.
+
+    Raises:
+        DataError: A config lacks what is asked, or is no JSON.
+    """
+    from lit_personalize.backbones.loading import resolve
+    from lit_personalize.errors import DataError
+
+    try:
+        folder: Any = resolve(base)
+        folder = folder if folder.is_dir() else config and resolve(config)
+    except DataError as error:
+        log.warning("%s. Views and masks are those of a base with 512 px and 8 pixels per latent cell", error)
+        return None
+    if not folder:
+        log.warning("%s is a single file without base_config: views are those of a base with 512 px", base)
+        return None
+    try:
+        unet, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae"))
+        downscale = 2 ** (len(vae["block_out_channels"]) - 1)
+        return int(unet["sample_size"]) * downscale, downscale
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"cannot read the configs of unet and vae in {folder}: {error!r}; copy it again") from error
 
 
 def main(arguments: list[str]) -> int:
@@ -27,8 +57,12 @@ def main(arguments: list[str]) -> int:
 
     given = [part for config in options.config for part in ("-c", config)]
     parser_, config = parse(given)
-    del config["model"]  # reading pictures needs no base
+    model = config["model"].init_args
+    del config["model"]  # reading pictures needs no weights
     data = instantiate(parser_, config).data
+    if native := native_geometry(model.base, model.base_config):
+        data.suit(*native)
+    data.cache_latents = False  # nothing is encoded here
     for later in [r for r in data.regularization if r.generate]:
         log.warning("left out: %d pictures of %r; `litp fit` draws them", later.generate, later.prompt)
         data.regularization.remove(later)
