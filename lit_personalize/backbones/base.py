@@ -61,6 +61,7 @@ class Base(nn.Module):
         fingerprint: str,
         source: str = "",
         config: str | Path | None = None,
+        force_zeros_for_empty_prompt: bool = False,
     ):
         super().__init__()
         self.unet = unet
@@ -72,6 +73,8 @@ class Base(nn.Module):
         self.fingerprint = fingerprint
         self.source = source
         self.config = config
+        self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
+        """Whether an empty negative prompt stands for zeros instead of the empty prompt's states."""
         self.requires_grad_(False)
         self.eval()
         self.processors: dict[str, AttentionProcessor] = install(unet)
@@ -253,6 +256,7 @@ class StableDiffusion(Base):
     family = "sd"
 
     def encode_text(self, input_ids: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Ids, one `[B, S]`, to states `[B, S, E]`; E is 768 for SD1 and 1024 for SD2. There is no pooled state."""
         return self.text_encoders[0](input_ids[0]).last_hidden_state, None
 
 
@@ -263,6 +267,7 @@ class StableDiffusionXL(Base):
     needs_time_ids = True
 
     def encode_text(self, input_ids: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Ids, two `[B, S]`, to states `[B, S, 768 + 1280]` and the pooled state `[B, 1280]` of the second encoder."""
         states, pooled = [], None
         for encoder, ids in zip(self.text_encoders, input_ids, strict=True):
             out = encoder(ids, output_hidden_states=True)

@@ -1,8 +1,9 @@
-"""Load a base from a local diffusers directory, a single-file checkpoint or (when asked) a hub id."""
+"""Load a base from a local diffusers directory or a single-file checkpoint; nothing is ever fetched."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from lit_personalize.backbones.fingerprint import fingerprint_of
 from lit_personalize.errors import DataError, UsageError
 
 TINYWORLD = "tinyworld"
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+"""Endings of files that may run code when they are loaded; none of them is ever read."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -64,7 +67,9 @@ def load_base(
     family = StableDiffusionXL if len(parts["text_encoders"]) == 2 else StableDiffusion
     if vae_dtype is None:
         vae_dtype = torch.float32 if family is StableDiffusionXL and dtype == torch.float16 else dtype
-    parts["vae"].to(DTYPES[vae_dtype] if isinstance(vae_dtype, str) else vae_dtype)
+    vae_dtype = DTYPES[vae_dtype] if isinstance(vae_dtype, str) else vae_dtype
+    if parts["vae"].dtype != vae_dtype:
+        parts["vae"].to(vae_dtype)
     built = family(**parts, fingerprint=fingerprint_of(path), source=str(base), config=config)
     return built.to(device)
 
@@ -72,12 +77,25 @@ def load_base(
 def parts_of(
     base: str | Path, config: str | Path | None = None, dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
-    """Stock modules of a base by part: unet, vae, text_encoders, tokenizers, scheduler."""
+    """Stock modules of a base by part: unet, vae, text_encoders, tokenizers, scheduler; and the pipeline's flag
+    `force_zeros_for_empty_prompt`.
+    """
     path = resolve(base)
     return _parts_of_directory(path, dtype) if path.is_dir() else _parts_of_file(path, config, dtype)
 
 
-def _index_of(path: Path) -> dict[str, Any]:
+def config_directory(base: str | Path, config: str | Path | None = None) -> Path:
+    """The diffusers directory that a base's configs come from: its own, or for a single file the one named for it."""
+    path = resolve(base)
+    return path if path.is_dir() or config is None else resolve(config)
+
+
+def index_of(path: Path) -> dict[str, Any]:
+    """The `model_index.json` of a diffusers directory: its pipeline class, parts and flags.
+
+    Raises:
+        DataError: There is none, or it is no JSON object.
+    """
     index = path / "model_index.json"
     if not index.exists():
         raise DataError(f"{path} has no model_index.json: it is not a diffusers pipeline directory")
@@ -88,7 +106,7 @@ def _index_of(path: Path) -> dict[str, Any]:
 
 
 def _parts_of_directory(path: Path, dtype: torch.dtype) -> dict[str, Any]:
-    listed = _index_of(path)
+    listed = index_of(path)
     wanted = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
     if "XL" in listed.get("_class_name", ""):
         wanted += ["text_encoder_2", "tokenizer_2"]
@@ -103,7 +121,13 @@ def _parts_of_directory(path: Path, dtype: torch.dtype) -> dict[str, Any]:
         "text_encoders": [_load_part(path, name, dtype, listed[name][1]) for name in encoders],
         "tokenizers": [_load_tokenizer(path, n) for n in ("tokenizer", "tokenizer_2") if n in wanted],
         "scheduler": _load_scheduler(path),
+        "force_zeros_for_empty_prompt": _forces_zeros(listed),
     }
+
+
+def _forces_zeros(index: Mapping[str, Any]) -> bool:
+    """Whether an empty negative prompt means zeros: SDXL's pipeline says so where its index does not."""
+    return "XL" in index.get("_class_name", "") and bool(index.get("force_zeros_for_empty_prompt", True))
 
 
 def _load_part(path: Path, name: str, dtype: torch.dtype, class_name: str = "CLIPTextModel") -> nn.Module:
@@ -113,13 +137,22 @@ def _load_part(path: Path, name: str, dtype: torch.dtype, class_name: str = "CLI
     classes = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
     kind: Any = classes.get(name) or getattr(transformers, class_name)
     keyword = "torch_dtype" if name in classes else "dtype"
-    variants = {None: any((path / name).glob("*.safetensors")) or any((path / name).glob("*.bin"))}
-    plain = [p for p in (path / name).glob("*.safetensors") if ".fp16." not in p.name]
-    variant = "fp16" if not plain and any((path / name).glob("*.fp16.safetensors")) else None
-    if not variants[None]:
+    files = sorted((path / name).iterdir())
+    weights = [p.name for p in files if p.suffix == ".safetensors"]
+    if not weights:
+        if pickled := [p.name for p in files if p.suffix in PICKLES]:
+            raise DataError(
+                f"base {path}: {name}/{pickled[0]} is a pickle, which may run code, so it is not read; where you trust "
+                f"the file, convert it: DiffusionPipeline.from_pretrained({str(path)!r})"
+                ".save_pretrained(NEW, safe_serialization=True)"
+            )
         raise DataError(f"base {path}: {name} has a config but no weights (*.safetensors)")
+    options = {
+        "local_files_only": True, "use_safetensors": True, keyword: dtype,
+        "variant": "fp16" if all(".fp16." in file for file in weights) else None,
+    }  # fmt: skip
     try:
-        return kind.from_pretrained(path / name, local_files_only=True, variant=variant, **{keyword: dtype})
+        return kind.from_pretrained(path / name, **options)
     except Exception as error:  # noqa: BLE001 - loaders raise a dozen types; all mean: this part does not load
         raise DataError(f"base {path}: cannot load {name}: {error}") from error
 
@@ -150,7 +183,8 @@ def _parts_of_file(path: Path, config: str | Path | None, dtype: torch.dtype) ->
             "for its configs and tokenizers (nothing is fetched from a hub)"
         )
     folder = resolve(config)
-    xl = "XL" in _index_of(folder).get("_class_name", "")
+    index = index_of(folder)
+    xl = "XL" in index.get("_class_name", "")
     kind = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
     try:
         pipe = kind.from_single_file(path, config=str(folder), local_files_only=True, torch_dtype=dtype)
@@ -163,4 +197,5 @@ def _parts_of_file(path: Path, config: str | Path | None, dtype: torch.dtype) ->
         "text_encoders": [pipe.text_encoder, pipe.text_encoder_2] if two else [pipe.text_encoder],
         "tokenizers": [pipe.tokenizer, pipe.tokenizer_2] if two else [pipe.tokenizer],
         "scheduler": DDPMScheduler.from_config(pipe.scheduler.config),
+        "force_zeros_for_empty_prompt": _forces_zeros(index),
     }

@@ -53,7 +53,7 @@ class AddedRows:
         ids, self._ids = self._ids, None
         if ids is None or not bool((ids >= self.first_id).any()):
             return states
-        rows = torch.cat([source() for source in self.sources]).to(states.dtype)
+        rows = torch.cat([source().to(states) for source in self.sources])  # files' rows are on the CPU, in fp32
         added = ids >= self.first_id
         index = torch.where(added, ids - self.first_id, torch.zeros_like(ids))
         if int(index.max()) >= len(rows):

@@ -16,11 +16,11 @@ from lit_personalize.adapters.loaded import LoadedAdapter
 from lit_personalize.adapters.protocol import AdapterWeights, LowRank
 from lit_personalize.adapters.shadow import matrix_shape, weight_layers
 from lit_personalize.backbones.base import Base
+from lit_personalize.backbones.loading import PICKLES
 from lit_personalize.errors import DataError
 from lit_personalize.export import keys
 from lit_personalize.export.files import FORMAT_VERSION
 
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 LORA_FILES = (
     "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "*.kohya.safetensors",
     "peft/*/adapter_model.safetensors", "*.delta.safetensors",

@@ -77,7 +77,7 @@ def _compare(pipe: Any, base: Base, adapter: LoadedAdapter, prompt: str, what: s
     options = SamplingOptions(steps=STEPS, guidance=GUIDANCE)
     ours = generate(base, [prompt], [0], [adapter], options)[0] / 255.0
     stock = pipe(
-        prompt, negative_prompt="", num_inference_steps=STEPS, guidance_scale=GUIDANCE, height=base.resolution,
+        prompt, num_inference_steps=STEPS, guidance_scale=GUIDANCE, height=base.resolution,
         width=base.resolution, latents=start_noise(base, [0]), output_type="np",
     ).images[0]  # fmt: skip
     difference = float(np.abs(np.round(stock * 255) / 255 - ours).max())

@@ -1,7 +1,12 @@
-"""A merged pipeline: W0 + ΔW and added tokens written into a stock diffusers directory."""
+"""A merged pipeline: W0 + ΔW and added tokens written into a stock diffusers directory.
+
+Scheduler, flags and every part that adapters do not change are the base's own.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -12,8 +17,12 @@ import torch
 from lit_personalize import atomic
 from lit_personalize.adapters.protocol import AdapterWeights
 from lit_personalize.backbones.base import Base
+from lit_personalize.backbones.loading import PICKLES, config_directory, index_of
 from lit_personalize.export import keys
 from lit_personalize.export.stock import side_of, stock_pipeline
+
+log = logging.getLogger(__name__)
+WRITTEN = ("unet", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
 
 @torch.no_grad()
@@ -33,7 +42,9 @@ def merged_pipeline(weights: AdapterWeights, base: Base) -> Any:
                 encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
             ids = tokenizer.convert_tokens_to_ids(names)
             encoder.get_input_embeddings().weight[ids] = new.to(encoder.dtype)
-            encoder.config.eos_token_id = tokenizer.eos_token_id
+    for i in range(len(base.text_encoders)):
+        tokenizer, encoder = side_of(pipe, i)
+        encoder.config.eos_token_id = tokenizer.eos_token_id  # pooled states come from where they came in training
     return pipe
 
 
@@ -43,6 +54,7 @@ def write_pipeline(weights: AdapterWeights, base: Base, folder: Path) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         merged_pipeline(weights, base).save_pretrained(temporary)
+        _take_from_base(config_directory(base.source, base.config), temporary)
         for file in temporary.rglob("*"):
             atomic.flush(file)
         if folder.exists():
@@ -54,3 +66,26 @@ def write_pipeline(weights: AdapterWeights, base: Base, folder: Path) -> Path:
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def _take_from_base(own: Path, folder: Path) -> None:
+    """Put the base's scheduler, flags and other parts (safety checker, ...) into a pipeline that was just written."""
+    index, written = index_of(own), index_of(folder)
+    for part, kind in index.items():
+        if part in WRITTEN or not isinstance(kind, list) or kind[0] is None:
+            continue
+        index[part] = kind if _copy_part(own / part, folder / part) else [None, None]
+    kept = {key: value for key, value in written.items() if key in WRITTEN or key == "_diffusers_version"}
+    (folder / "model_index.json").write_text(json.dumps({**index, **kept}, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_part(source: Path, target: Path) -> bool:
+    """Copy a part without its pickles; False where nothing can be copied, or nothing but pickles holds its weights."""
+    names = [p.name for p in source.iterdir()] if source.is_dir() else []
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    if not names or (pickles and not any(name.endswith(".safetensors") for name in names)):
+        log.warning("%s is left out of the merged pipeline: it is missing, or only a pickle", source)
+        return False
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*(f"*{ending}" for ending in PICKLES)))
+    return True

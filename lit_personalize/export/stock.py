@@ -11,17 +11,16 @@ from lit_personalize.backbones.loading import parts_of
 
 
 def stock_pipeline(base: Base) -> Any:
-    """Load the base's directory afresh into a stock pipeline with a DDIM scheduler, fp32 on the CPU."""
+    """Load the base's directory afresh into a stock pipeline with the scheduler of comparisons, fp32 on the CPU."""
     parts = parts_of(base.source, base.config)
     encoders, tokenizers = parts.pop("text_encoders"), parts.pop("tokenizers")
-    scheduler = DDIMScheduler.from_config(
-        parts.pop("scheduler").config, clip_sample=False, set_alpha_to_one=False, steps_offset=1
-    )
+    force_zeros = parts.pop("force_zeros_for_empty_prompt")
+    scheduler = comparison_scheduler(parts.pop("scheduler"))
     common = {**parts, "scheduler": scheduler, "text_encoder": encoders[0], "tokenizer": tokenizers[0]}
     if len(encoders) == 2:
         pipe = StableDiffusionXLPipeline(
-            **common, text_encoder_2=encoders[1], tokenizer_2=tokenizers[1], force_zeros_for_empty_prompt=False,
-            add_watermarker=False,
+            **common, text_encoder_2=encoders[1], tokenizer_2=tokenizers[1], add_watermarker=False,
+            force_zeros_for_empty_prompt=force_zeros,
         )  # fmt: skip
         # Pool at the end token, as training did (see Base); stock configs pool at the largest id.
         pipe.text_encoder_2.text_model.eos_token_id = tokenizers[1].eos_token_id
@@ -31,6 +30,11 @@ def stock_pipeline(base: Base) -> Any:
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def comparison_scheduler(scheduler: Any) -> DDIMScheduler:
+    """DDIM with another scheduler's noise schedule, as our sampler runs it."""
+    return DDIMScheduler.from_config(scheduler.config, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
 
 def side_of(pipe: Any, index: int) -> tuple[Any, Any]:

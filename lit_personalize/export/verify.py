@@ -21,14 +21,15 @@ from torch import Tensor, nn
 
 from lit_personalize.adapters.protocol import AdapterWeights
 from lit_personalize.backbones.base import Base
+from lit_personalize.backbones.loading import PICKLES
 from lit_personalize.errors import VerificationError
 from lit_personalize.export import keys
 from lit_personalize.export.exporter import Exported
 from lit_personalize.export.inspect import kind_of
-from lit_personalize.export.loading import PICKLES, read_adapter, read_file
+from lit_personalize.export.loading import read_adapter, read_file
 from lit_personalize.export.picture import compare_merged, compare_pictures, place_embedding
 from lit_personalize.export.pipeline import merged_pipeline
-from lit_personalize.export.stock import side_of, stock_pipeline
+from lit_personalize.export.stock import comparison_scheduler, side_of, stock_pipeline
 
 TOLERANCE = 1e-6
 """Relative error of a product of fp32 factors."""
@@ -268,10 +269,13 @@ def _check_pipeline(
     from diffusers import DiffusionPipeline
 
     try:
-        pipe = DiffusionPipeline.from_pretrained(item.path, local_files_only=True)
+        pipe = DiffusionPipeline.from_pretrained(item.path, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise VerificationError(f"{item.path}: the stock client does not load it: {error}") from error
     pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = comparison_scheduler(pipe.scheduler)
+    if "safety_checker" in pipe.components:
+        pipe.safety_checker = None  # a picture that it blacks out cannot be compared
     report = FileReport(item.name, item.kind)
     if reference is None:
         return report, None

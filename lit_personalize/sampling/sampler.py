@@ -31,7 +31,8 @@ class SamplingOptions:
     guidance: float = 6.0
     """Classifier-free guidance scale w in ε_u + w (ε_c - ε_u) (Ho & Salimans, 2022, eq. 6 as 1 + w); 1 is off."""
     negative: str = ""
-    """The prompt of the unconditional branch."""
+    """The prompt of the unconditional branch; where it is empty, SDXL takes zeros for its states if its base says so
+    (`force_zeros_for_empty_prompt`), as the stock pipeline does when no negative prompt is given."""
     scheduler: SchedulerName = "ddim"
     batch_size: int = 8
     """Pictures drawn at once; does not change them."""
@@ -96,8 +97,7 @@ def _denoise(base: Base, prompts: list[str], z: Tensor, options: SamplingOptions
     conditioning = base.condition(prompts)
     guided = options.guidance != 1
     if guided:
-        negative = base.condition([options.negative])
-        conditioning = _repeat(negative, len(prompts)).cat(conditioning)
+        conditioning = _unconditional(base, options.negative, conditioning).cat(conditioning)
     scheduler = build_scheduler(base, options)
     z = z * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
@@ -109,6 +109,14 @@ def _denoise(base: Base, prompts: list[str], z: Tensor, options: SamplingOptions
             out = unconditional + options.guidance * (conditional - unconditional)
         z = scheduler.step(out, t, z, return_dict=False)[0]
     return z
+
+
+def _unconditional(base: Base, negative: str, conditioning: Conditioning) -> Conditioning:
+    """What the unconditional branch is told, one row for each of `conditioning`."""
+    if negative or not base.force_zeros_for_empty_prompt:
+        return _repeat(base.condition([negative]), len(conditioning))
+    pooled = None if conditioning.pooled is None else torch.zeros_like(conditioning.pooled)
+    return Conditioning(torch.zeros_like(conditioning.states), pooled, conditioning.time_ids)
 
 
 def _repeat(c: Conditioning, n: int) -> Conditioning:

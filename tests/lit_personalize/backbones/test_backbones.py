@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lit_personalize.adapters.key_value_delta import select_layers
 from lit_personalize.backbones.fingerprint import fingerprint_of
@@ -69,6 +70,29 @@ def test_missing_weights_are_named(tiny_bases: dict[str, Path], tmp_path: Path) 
         file.unlink()
     with pytest.raises(DataError, match="text_encoder_2 has a config but no weights"):
         load_base(broken)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_pickled_weights_are_never_read(
+    tiny_bases: dict[str, Path], tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone they are refused, by name and with the way out; beside safetensors they are not opened."""
+    from diffusers import DiffusionPipeline
+
+    base = shutil.copytree(tiny_bases["sd1"], tmp_path / "base")
+    (weights,) = (base / part).glob("*.safetensors")
+    pickled = weights.with_name("diffusion_pytorch_model.bin" if part == "unet" else "pytorch_model.bin")
+    torch.save(load_file(weights), pickled)
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail(f"a pickle was opened: {a[:1]}"))
+    assert load_base(base).fingerprint == fingerprint_of(tiny_bases["sd1"])
+    weights.unlink()
+    with pytest.raises(DataError, match=rf"{part}/{pickled.name} is a pickle.*save_pretrained\(NEW, safe_serial"):
+        load_base(base)
+    monkeypatch.setattr(torch, "load", load)
+    DiffusionPipeline.from_pretrained(base).save_pretrained(tmp_path / "new", safe_serialization=True)
+    found, own = (load_base(p).components()[part].state_dict() for p in (tmp_path / "new", tiny_bases["sd1"]))
+    assert all(torch.equal(value, found[name]) for name, value in own.items())
 
 
 def test_damaged_weights_are_named(tiny_bases: dict[str, Path], tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +41,37 @@ def test_merged_pipeline_needs_no_adapter(
     torch.testing.assert_close(placed - frozen, weights.dense[layer], atol=1e-6, rtol=1e-5)
     row = pipe.text_encoder.get_input_embeddings().weight[pipe.tokenizer.convert_tokens_to_ids("<new1>_2")]
     assert torch.equal(row, weights.tokens["<new1>"][0][2])
+
+
+def test_scheduler_flags_and_other_parts_are_the_base_s_own(
+    tiny_bases: dict[str, Path], train: Train, everything: list[Adapter], tmp_path: Path
+) -> None:
+    """Verification compares with DDIM; what users load samples as the base does, and holds no pickle."""
+    from diffusers import DiffusionPipeline, EulerDiscreteScheduler
+    from transformers import CLIPImageProcessor
+
+    own = shutil.copytree(tiny_bases["sdxl"], tmp_path / "base")
+    scheduler = EulerDiscreteScheduler(beta_start=0.001, beta_end=0.011, beta_schedule="scaled_linear", steps_offset=1)
+    scheduler.save_pretrained(own / "scheduler")
+    index = json.loads((own / "model_index.json").read_text())
+    index |= {"scheduler": ["diffusers", "EulerDiscreteScheduler"], "force_zeros_for_empty_prompt": True}
+    index |= {"feature_extractor": ["transformers", "CLIPImageProcessor"]}
+    index |= {"image_encoder": ["transformers", "CLIPVisionModelWithProjection"]}
+    (own / "model_index.json").write_text(json.dumps(index))
+    CLIPImageProcessor(crop_size=32).save_pretrained(own / "feature_extractor")
+    (own / "image_encoder").mkdir()
+    (own / "image_encoder" / "pytorch_model.bin").write_bytes(b"a pickle")
+
+    base, weights = train(own, everything)
+    merged = export(weights, tmp_path, base, "run", ["pipeline"])[-1]
+    assert verify([merged], base, weights, "a photo of a <new1> cat").picture_difference is not None
+    pipe = DiffusionPipeline.from_pretrained(merged.path, local_files_only=True)
+    assert type(pipe.scheduler) is EulerDiscreteScheduler and pipe.config.force_zeros_for_empty_prompt is True
+    for file in ("scheduler/scheduler_config.json", "feature_extractor/preprocessor_config.json"):
+        assert (merged.path / file).read_bytes() == (own / file).read_bytes()
+    written = json.loads((merged.path / "model_index.json").read_text())
+    assert written == {**index, "image_encoder": [None, None], "_diffusers_version": written["_diffusers_version"]}
+    assert not (merged.path / "image_encoder").exists()
 
 
 def test_a_changed_weight_or_a_missing_part_fails(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 
 from lit_personalize.adapters.lora import LoRA
 from lit_personalize.backbones.loading import load_base
+from lit_personalize.export.stock import comparison_scheduler
 from lit_personalize.sampling.sampler import SamplingOptions, generate, start_noise
 
 
@@ -32,6 +35,34 @@ def test_draws_what_the_stock_pipeline_draws(tiny_bases: dict[str, Path], family
                  latents=start_noise(base, [7]), output_type="np", **side).images[0]  # fmt: skip
     ours = generate(base, ["a photo of a cat"], [7], options=options)[0]
     assert np.abs(ours / 255.0 - stock).max() <= 1 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("negative", ["", "a dog"])
+@pytest.mark.parametrize("zeros", [True, False, None])
+def test_an_empty_negative_prompt_of_sdxl_follows_its_base(
+    tiny_bases: dict[str, Path], tmp_path: Path, zeros: bool | None, negative: str
+) -> None:
+    """`force_zeros_for_empty_prompt` of the index (true where it says nothing) as the stock pipeline reads it."""
+    from diffusers import StableDiffusionXLPipeline
+
+    folder = shutil.copytree(tiny_bases["sdxl"], tmp_path / "base")
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["force_zeros_for_empty_prompt"]
+    flag = {} if zeros is None else {"force_zeros_for_empty_prompt": zeros}
+    (folder / "model_index.json").write_text(json.dumps({**index, **flag}))
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    base = load_base(folder)
+    pipe.scheduler = comparison_scheduler(pipe.scheduler)
+    pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer.eos_token_id
+    stock = pipe("a photo of a cat", negative_prompt=negative or None, num_inference_steps=4, guidance_scale=5.0,
+                 latents=start_noise(base, [7]), output_type="np", height=32, width=32).images[0]  # fmt: skip
+    options = SamplingOptions(steps=4, guidance=5.0, negative=negative)
+    ours = generate(base, ["a photo of a cat"], [7], options=options)[0]
+    assert np.abs(ours / 255.0 - stock).max() <= 1 / 255 + 1e-6
+    base.force_zeros_for_empty_prompt = not base.force_zeros_for_empty_prompt
+    other = generate(base, ["a photo of a cat"], [7], options=options)[0]
+    assert (np.abs(other.astype(int) - ours).max() > 2) == (negative == "")
 
 
 def test_a_picture_does_not_depend_on_its_batch(tiny_bases: dict[str, Path]) -> None:
