@@ -39,7 +39,11 @@ class Batch:
     latent_mean: Tensor | None = None
     """fp32 `[B, C, h, w]`: mean of the VAE posterior, not yet scaled."""
     latent_std: Tensor | None = None
-    """fp32 `[B, C, h, w]`: standard deviation of the VAE posterior."""
+    """fp32 `[B, C, h, w]`: standard deviation of the VAE posterior, exp(log-variance / 2).
+
+    A step multiplies by it, so a batch has it ready; in half-precision files only the log-variance keeps its
+    precision, small deviations underflow.
+    """
     input_ids: tuple[Tensor, ...] | None = None
     """One int64 `[B, S]` per tokenizer."""
     text_states: Tensor | None = None

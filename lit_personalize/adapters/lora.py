@@ -28,7 +28,7 @@ class LoRA(Adapter):
     """LoRA on linear layers of the UNet and, on request, of the text encoders.
 
     Args:
-        rank: R.
+        rank: R, at least 1: A is `[R, in]` and B `[out, R]`, so a layer has R · (in + out) parameters.
         alpha: Scale numerator; None means alpha = rank, so s = 1.
         targets: "attention", "key_value" (cross-attention K and V), "query_value", or name endings.
         text_encoder: Also adapt the attention of every text encoder.

@@ -28,6 +28,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
+        """R, the rows of `down`."""
         return self.down.shape[0]
 
     def delta(self) -> Tensor:
@@ -128,6 +129,7 @@ class Adapter(nn.Module, ABC):
         return parameter
 
     def factor(self, name: str) -> nn.Parameter:
+        """One trained parameter by its stable name."""
         return self.factors[_escape(name)]
 
     def snapshot(self) -> dict[str, Tensor]:

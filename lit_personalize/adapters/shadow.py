@@ -63,4 +63,5 @@ def matrix_shape(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:
 
 
 def device_of(linear: nn.Linear | nn.Conv2d) -> torch.device:
+    """Where the layer's own weight W0 lies."""
     return cast(Tensor, linear._parameters["weight"]).device

@@ -106,4 +106,5 @@ def write_peft(folder: Path, low_rank: Mapping[str, LowRank], component: str, me
 
 
 def dense_deltas(dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`{<portable layer>.delta: ΔW [out, in]}`, for our own reader; no stock client has a format for them."""
     return {f"{keys.portable(layer)}.delta": delta for layer, delta in dense.items()}

@@ -107,8 +107,3 @@ class Dino:
             pixels = self.processor(images=chunk, return_tensors="pt")["pixel_values"]
             parts.append(self.model(pixel_values=pixels).last_hidden_state[:, 0])
         return torch.cat(parts).float()
-
-
-def pixel_features(pictures: np.ndarray) -> Tensor:
-    """The pixels themselves in [-1, 1], flattened: `[N, H·W·3]`."""
-    return torch.from_numpy(pictures.reshape(len(pictures), -1).astype(np.float32) / 127.5 - 1)

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from lit_personalize.adapters.key_value_delta import select_layers
+from lit_personalize.adapters.lora import TARGETS, LoRA
+from lit_personalize.backbones.base import StableDiffusion
 from lit_personalize.backbones.fingerprint import fingerprint_of
 from lit_personalize.backbones.loading import load_base
 from lit_personalize.errors import DataError, UsageError
@@ -54,6 +56,29 @@ def test_full_size_counts(family: str, total: int, cross_layers: int, key_value:
     assert len(layers) == 2 * cross_layers
     assert sum(m.weight.numel() for m in layers.values()) == key_value
     assert sum(m.weight.numel() for m in select_layers(unet, "cross").values()) == cross
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "key_value", "query_value"),
+    [
+        ("sd1", 199_296, 49_536, 99_648),  # query_value: the length of a Weights2Weights vector
+        ("sd2", 207_488, 57_728, 103_744),
+        ("sdxl", 1_451_520, 453_120, 725_760),
+    ],
+)
+def test_full_size_lora_counts(family: str, attention: int, key_value: int, query_value: int) -> None:
+    """Parameters of rank 1 for every name in `TARGETS`, and rank times as many at a higher rank."""
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+
+    with torch.device("meta"):
+        base = StableDiffusion(UNet2DConditionModel(**FULL_SIZE[family]), torch.nn.Identity(), [], [],
+                               DDPMScheduler(), fingerprint="")  # fmt: skip
+    counts = {"attention": attention, "key_value": key_value, "query_value": query_value}
+    assert set(counts) == set(TARGETS)
+    for rank, (targets, count) in enumerate(counts.items(), start=1):
+        adapter = LoRA(rank=rank, targets=targets, name=targets)
+        adapter.attach(base)
+        assert sum(p.numel() for p in adapter.parameters()) == rank * count, targets
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer", "scheduler"])
