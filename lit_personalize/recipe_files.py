@@ -25,12 +25,11 @@ def base_key(base: str) -> str:
 
 
 def recipe_text(method: str, key: str, base: str, token: str) -> str:
-    """A recipe's YAML without its head comment, with base and token filled in."""
+    """A recipe's YAML with its comments, and with base and token filled in."""
     path = RECIPES / method / f"{key}.yaml"
     if not path.is_file():
         raise UsageError(f"there is no recipe {method}/{key}; recipes: {', '.join(names())}")
-    body = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    text = "\n".join(body).replace("<new1>", token)
+    text = path.read_text(encoding="utf-8").replace("<new1>", token)
     return "\n".join(f"    base: {base}" if line.startswith("    base: ") else line for line in text.splitlines())
 
 

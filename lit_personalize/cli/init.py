@@ -12,6 +12,9 @@ METHODS = {
     "dreambooth_lora": ("PriorPreservation", True, "photo of a {token} {class}"),
     "lora": ("Denoising", False, "photo of a {class}"),
 }
+CLASS_PICTURES = "# Pictures of the class with captions, so that the class stays what it is."
+# DreamBooth trains no token row: its word is one that the tokenizer knows, and that few captions hold.
+WORDS = {"dreambooth_lora": "sks"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -20,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--class-noun", required=True, help="what it is, in one word: cat")
     parser.add_argument("--method", choices=METHODS, default="custom_diffusion")
     parser.add_argument("--base", default="tinyworld", help='diffusers directory, single file, or "tinyworld"')
-    parser.add_argument("--token", default="<new1>", help="new word for the concept")
+    parser.add_argument("--token", default="", help="word for the concept; default: <new1>, for dreambooth_lora sks")
     parser.add_argument("--regularization", default="", help="shards, a folder, or a number of pictures to generate")
     parser.add_argument("--name", default="", help="name of the run; default: the folder's name")
     parser.add_argument("--steps", type=int, default=0, help="optimizer steps; default: the recipe's")
@@ -41,7 +44,8 @@ def main(arguments: list[str]) -> int:
     list_images(options.images)  # so that an empty folder is said now and not by the training
     options.output.write_text(
         run_yaml(
-            options.method, options.base, options.images, options.class_noun, options.token,
+            options.method, options.base, options.images, options.class_noun,
+            options.token or WORDS.get(options.method, "<new1>"),
             options.regularization, options.name or options.images.resolve().name, options.steps,
         ),
         encoding="utf-8",
@@ -68,11 +72,13 @@ def run_yaml(
     concept = [f"path: {images}", f"class_noun: {class_noun}", f'prompt: "{METHODS[method][2]}"']
     if needs_token:
         concept.insert(2, f"token: {token}")
-    block = "      - {" + ", ".join(concept) + "}"
+    said = "# Describe a picture in a .txt file beside it; prompt stands for those without one."
+    block = f"      {said}\n      - {{{', '.join(concept)}}}"
     text = text.replace("    concepts: []", f"    concepts:\n{block}")
     if METHODS[method][1]:
         chosen = _regularization(regularization, class_noun)
-        text = text.replace("    resolution:", f"    regularization:\n      - {chosen}\n    resolution:", 1)
+        block = f"    regularization:\n      {CLASS_PICTURES}\n      - {chosen}\n"
+        text = text.replace("    resolution:", f"{block}    resolution:", 1)
     photo = f"photo of a {subject}"
     prompts = [photo, f"{photo} on the beach", f"{photo} on a blue background"]
     text = text.replace("sampling: {", f"sampling: {{prompts: [{', '.join(prompts)}], ")
@@ -85,7 +91,7 @@ def run_yaml(
 
 def _regularization(given: str, class_noun: str) -> str:
     if not given or given.isdigit():
-        return f'{{generate: {given or 100}, prompt: "photo of a {class_noun}"}}'
+        return f'{{generate: {given or 200}, prompt: "photo of a {class_noun}"}}'
     if given.endswith(".tar"):
         return f'{{shards: "{given}"}}'
     return f'{{folder: {given}, prompt: "photo of a {class_noun}"}}'
