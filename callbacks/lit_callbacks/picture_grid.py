@@ -8,6 +8,8 @@ from typing import TypeVar
 
 from PIL import Image, ImageDraw, ImageFont
 
+from lit_personalize.sampling.grid import wrap
+
 CELL = 256
 """Longest side of one picture in the grid, in pixels; larger ones are scaled down."""
 GAP, LABEL, COLUMNS = 4, 180, 24
@@ -41,7 +43,7 @@ def assemble(prompts: Sequence[str], per_cell: int, columns: Sequence[tuple[int,
     grid = Image.new("RGB", (LABEL + cell * len(columns), head + row * len(prompts)), PAPER)
     pen = ImageDraw.Draw(grid)
     for r, prompt in enumerate(prompts):
-        pen.multiline_text((4, head + r * row), _wrap(prompt, pen, font), INK, font, spacing=2)
+        pen.multiline_text((4, head + r * row), "\n".join(wrap(prompt, font, LABEL - 8, 4)), INK, font, spacing=2)
     for c, (step, paths) in enumerate(columns):
         left = LABEL + c * cell
         pen.text((left, 2), f"step {step}" if c == 0 else str(step), INK, font)
@@ -50,15 +52,3 @@ def assemble(prompts: Sequence[str], per_cell: int, columns: Sequence[tuple[int,
                 picture = opened.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
             grid.paste(picture, (left + (i % per_cell) * (width + 1), head + (i // per_cell) * row))
     return grid
-
-
-def _wrap(text: str, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """Break a prompt into at most four lines of the label's width."""
-    lines: list[str] = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if pen.textlength(longer, font) <= LABEL - 8 or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return "\n".join(lines[:4])

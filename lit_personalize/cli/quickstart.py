@@ -73,9 +73,9 @@ def measure(folder: Path, run: Path) -> dict[str, tuple[float, ...]]:
 
     from lit_personalize.backbones.loading import load_base
     from lit_personalize.export.loading import load_adapter
+    from lit_personalize.sampling.grid import captioned_grid
     from lit_personalize.sampling.sampler import SamplingOptions, generate
     from lit_personalize.tinyworld.build import committed_weights
-    from lit_personalize.tinyworld.card import captioned_grid
     from lit_personalize.tinyworld.concepts import QUICKSTART_SUBJECT, subject_pictures
     from lit_personalize.tinyworld.reader import Reader
     from lit_personalize.tinyworld.suite import shares

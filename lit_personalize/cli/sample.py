@@ -49,8 +49,8 @@ def main(arguments: list[str]) -> int:
 
     from lit_personalize.backbones.loading import load_base
     from lit_personalize.export.loading import load_adapter
+    from lit_personalize.sampling.grid import captioned_grid
     from lit_personalize.sampling.sampler import SamplingOptions, generate
-    from lit_personalize.tinyworld.card import captioned_grid
 
     base = load_base(options.base, config=options.base_config)
     adapters = []

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.loading import load_base
+from lit_personalize.sampling.grid import captioned_grid
 from lit_personalize.sampling.sampler import SamplingOptions, generate
 from lit_personalize.tinyworld.autoencoder import psnr, reconstruct
 from lit_personalize.tinyworld.build import VERSION
@@ -85,27 +85,6 @@ def showcase() -> list[Scene]:
         made = sample_pictures(4 * count, int(rng.integers(1 << 30)), split="test", kind=kind)  # type: ignore[arg-type]
         rows += [scene for scene in made.scenes if scene.style == "photo"][:count]
     return rows
-
-
-def captioned_grid(pictures: np.ndarray, captions: list[str], columns: int = 8, zoom: int = 2) -> Image.Image:
-    """Pictures `[N, H, W, 3]` with their captions wrapped below them."""
-    side, text = pictures.shape[1] * zoom, 44
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (side + 8) + 8, rows * (side + text) + 8), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
-    for i, (pixels, words) in enumerate(zip(pictures, captions, strict=True)):
-        x, y = 8 + (i % columns) * (side + 8), 8 + (i // columns) * (side + text)
-        sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), (x, y))
-        line, lines = "", []
-        for word in words.split():
-            if draw.textlength(f"{line} {word}", font) > side and line:
-                lines.append(line)
-                line = word
-            else:
-                line = f"{line} {word}".strip()
-        for n, part in enumerate([*lines, line][:3]):
-            draw.text((x, y + side + 1 + 12 * n), part, fill="black", font=font)
-    return sheet
 
 
 def table(card: dict[str, Any]) -> str:
