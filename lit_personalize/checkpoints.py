@@ -245,6 +245,13 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in _files(path))
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """All that the trainer saved into a checkpoint with an unsharded state, tensors on the CPU."""
+    import torch
+
+    return dict(torch.load(Path(path) / STATE, map_location="cpu", weights_only=True))
+
+
 def load_state(path: Path, *, averaged: bool = False) -> dict[str, Any]:
     """The trained tensors of a checkpoint by the objective's state-dict names, on the CPU.
 
@@ -252,9 +259,7 @@ def load_state(path: Path, *, averaged: bool = False) -> dict[str, Any]:
         path: A published checkpoint directory with an unsharded state.
         averaged: Take the moving average instead where the run kept one.
     """
-    import torch
-
-    state = torch.load(Path(path) / STATE, map_location="cpu", weights_only=True)
+    state = read_state(path)
     own: dict[str, Any] = state["state_dict"]
     return {**own, **state[AVERAGED]} if averaged and AVERAGED in state else own
 

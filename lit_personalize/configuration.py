@@ -104,7 +104,14 @@ def build_parser() -> LightningArgumentParser:
     parser.add_class_arguments(
         pl.Trainer, "trainer", instantiate=False, fail_untyped=False, skip={"default_root_dir", "enable_checkpointing"}
     )
-    parser.set_defaults({"trainer.max_steps": 500, "trainer.logger": None, "trainer.enable_model_summary": False})
+    parser.set_defaults(
+        {
+            "trainer.max_steps": 500,
+            "trainer.logger": None,
+            "trainer.log_every_n_steps": 10,
+            "trainer.enable_model_summary": False,
+        }
+    )
     return parser
 
 

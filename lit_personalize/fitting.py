@@ -6,6 +6,7 @@ the manifest are always on; a user's `trainer.callbacks` are added to them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import logging
@@ -15,14 +16,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from jsonargparse import Namespace
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.callbacks import LambdaCallback
 
-from lit_personalize import checkpoints
+from lit_personalize import checkpoints, preflight
 from lit_personalize.adapters.protocol import AdapterWeights
 from lit_personalize.adapters.token_embedding import CLASS
 from lit_personalize.batch import Role
 from lit_personalize.configuration import instantiate, parse
+from lit_personalize.devices import device_of
 from lit_personalize.errors import UsageError
 from lit_personalize.export.card import write_card
 from lit_personalize.export.exporter import Exported, export
@@ -30,6 +33,7 @@ from lit_personalize.export.verify import verify
 from lit_personalize.metrics.features import clip_directory
 from lit_personalize.objectives.denoising import Denoising
 from lit_personalize.run_directory import RunDirectory
+from lit_personalize.run_loggers import loggers_of
 from lit_personalize.sampling.sampler import SamplingOptions, generate
 
 log = logging.getLogger(__name__)
@@ -47,12 +51,10 @@ def fit(arguments: Sequence[str]) -> RunDirectory:
     run = RunDirectory(config.root, config.name).create()
     with run.lock():
         # The parser writes what it resolved, so that the file alone repeats the run.
-        run.write_text("config.yaml", parser.dump(config.clone(), skip_validation=True))
-        run.write_command()
-        run.write_env()
+        resolved = parser.dump(config.clone(), skip_validation=True)
         built = instantiate(parser, config)
         name_initial_words(built)
-        train(built, run)
+        train(built, run, resolved)
         export_run(built, run)
     return run
 
@@ -67,7 +69,10 @@ def name_initial_words(built: Namespace) -> None:
     for adapter in built.model.trained:
         if getattr(adapter, "init", None) == CLASS:
             if adapter.token not in nouns:
-                raise UsageError(f"{adapter.name} has init: {CLASS}, but no concept with a class_noun has this token")
+                raise UsageError(
+                    f"{adapter.name} has init: {CLASS}, but no concept with a class_noun has this token: set "
+                    f"data.concepts[i].token to {adapter.token} and its class_noun, or name an initializer word"
+                )
             adapter.init = nouns[adapter.token]
 
 
@@ -82,8 +87,9 @@ def callbacks_of(built: Namespace, run: RunDirectory) -> list[pl.Callback]:
     chosen = [
         _load("lit_callbacks.non_finite_guard.NonFiniteGuard"),
         _load("lit_callbacks.throughput.Throughput"),
-        _load("lit_callbacks.progress.Progress"),
     ]
+    if built.trainer.enable_progress_bar is not False:
+        chosen.append(_load("lit_callbacks.progress.Progress"))
     if built.ema is not None:
         chosen.append(_load("lit_callbacks.adapter_ema.AdapterEma", decay=built.ema))
     sampling = built.sampling
@@ -125,15 +131,12 @@ def _fidelity_drift(built: Namespace) -> pl.Callback:
     )  # fmt: skip
 
 
-def build_trainer(built: Namespace, run: RunDirectory) -> pl.Trainer:
+def build_trainer(built: Namespace, run: RunDirectory, resumed_at: int = 0) -> pl.Trainer:
     """A Lightning trainer with the run's callbacks and loggers; other options are the user's."""
     options = dict(vars(built.trainer))
     options["callbacks"] = callbacks_of(built, run)
     if options.get("logger") is None:
-        options["logger"] = [
-            CSVLogger(str(run.path), name="", version=""),
-            TensorBoardLogger(str(run.path), name="", version=""),
-        ]
+        options["logger"] = loggers_of(run.path, resumed_at)
     if "SLURM_NTASKS" in os.environ and not options.get("plugins"):
         from lightning.pytorch.plugins.environments import SLURMEnvironment
 
@@ -142,11 +145,18 @@ def build_trainer(built: Namespace, run: RunDirectory) -> pl.Trainer:
     return pl.Trainer(**options, default_root_dir=str(run.path), enable_checkpointing=False)
 
 
+def training_device(built: Namespace) -> torch.device:
+    """Where the trainer will put the model; for what comes before and after the training itself."""
+    accelerator = built.trainer.accelerator
+    return device_of(accelerator) if accelerator in ("auto", "gpu", "cuda") else torch.device("cpu")
+
+
 def prepare_data(built: Namespace, run: RunDirectory) -> None:
     """Bind the base's encoders to the data module, read everything, write manifest and sheet."""
     objective: Denoising = built.model
     data: Any = built.data
     objective.configure_model()
+    objective.to(training_device(built))  # generating a set and caching latents take long on a CPU
     base = objective.built
     if hasattr(data, "bind"):
         how = SamplingOptions(built.sampling.steps, built.sampling.guidance)
@@ -161,12 +171,17 @@ def prepare_data(built: Namespace, run: RunDirectory) -> None:
     finally:
         if hasattr(data, "write_manifest"):
             data.write_manifest(run.manifest)
+    preflight.check(objective, data)
     if hasattr(data, "write_sheet"):
         data.write_sheet(run.sheet)
 
 
-def train(built: Namespace, run: RunDirectory) -> None:
-    """Fit from the newest complete checkpoint, or from the start."""
+def train(built: Namespace, run: RunDirectory, resolved: str) -> None:
+    """Fit from the newest complete checkpoint, or from the start.
+
+    Args:
+        resolved: The configuration; it becomes that of the run when all that could refuse it has passed.
+    """
     found = checkpoints.find_complete(run.checkpoints)
     for reason in found.skipped if found else ():
         log.warning("passed over a checkpoint: %s", reason)
@@ -174,16 +189,22 @@ def train(built: Namespace, run: RunDirectory) -> None:
         raise UsageError(f"{run.path} already has a checkpoint of step {found.step}; use resume: auto or another name")
     if not found and built.resume == "must":
         raise UsageError(f"{run.path} has no complete checkpoint to resume from")
+    record = functools.cache(functools.partial(run.write_record, resolved))
     steps = built.trainer.max_steps
-    if found and found.step >= steps:
+    if found and 0 <= steps <= found.step:  # -1 is a run of epochs, which Lightning counts
         log.info("run %s has finished its %d steps", run.name, steps)
         built.model.configure_model()
+        built.model.check_resumable(checkpoints.read_state(found.path))
+        record()
         return
     prepare_data(built, run)
     if found:
-        log.info("run %s: resumed at step %d of %d", run.name, found.step, steps)
+        whole = f"{steps}" if steps >= 0 else f"{built.trainer.max_epochs} epochs"
+        log.info("run %s: resumed at step %d of %s", run.name, found.step, whole)
     _quiet_lightning()
-    trainer = build_trainer(built, run)
+    trainer = build_trainer(built, run, found.step if found else 0)
+    # Only here is the checkpoint read, and found to fit or not.
+    trainer.callbacks.append(LambdaCallback(on_train_start=lambda *_: record()))  # type: ignore[attr-defined]
     keeper = next(c for c in trainer.callbacks if type(c).__name__ == "RunCheckpoint")  # type: ignore[attr-defined]
     try:
         start = str(found.state) if found else None
@@ -192,6 +213,7 @@ def train(built: Namespace, run: RunDirectory) -> None:
         if keeper.interrupted:
             raise KeyboardInterrupt(f"saved at step {keeper.last_saved}; the same command continues") from exit_
         raise
+    record()  # where no step was left to train
 
 
 def _quiet_lightning() -> None:
@@ -202,7 +224,6 @@ def _quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging.*")
     warnings.filterwarnings("ignore", message="Found .* module.s. in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", message=".*Experiment logs directory .* exists.*")
     warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
     saving = "lightning.pytorch.trainer.connectors.checkpoint_connector"  # names a default at every save
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators", saving):
@@ -219,8 +240,12 @@ def weights_of(objective: Denoising, state: dict[str, Any] | None = None) -> Ada
     return merged
 
 
-def export_run(built: Namespace, run: RunDirectory) -> list[Exported]:
-    """Export the newest complete checkpoint, or the best, in the asked formats; verify each file; write the card."""
+def export_run(built: Namespace, run: RunDirectory, device: torch.device | None = None) -> list[Exported]:
+    """Export the newest complete checkpoint, or the best, in the asked formats; verify each file; write the card.
+
+    Args:
+        device: On which verification draws; by default that of the training.
+    """
     found = checkpoints.find_best(run.checkpoints) if built.checkpoint.best else None
     found = found or checkpoints.find_complete(run.checkpoints)
     if found is None:
@@ -235,6 +260,7 @@ def export_run(built: Namespace, run: RunDirectory) -> list[Exported]:
     files = export(weights, run.exports, objective.built, run.name, wanted.formats, details, wanted.max_error)
     report = None
     if built.export.verify:
+        objective.to(training_device(built) if device is None else device)
         prompts = built.sampling.prompts or ["a photo"]
         report = verify(files, objective.built, weights, prompt=prompts[0])
         run.write_text("exports/verify.json", report.to_json())

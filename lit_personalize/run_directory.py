@@ -113,6 +113,12 @@ class RunDirectory:
         atomic.write_text(self.path / name, text)
         return self.path / name
 
+    def write_record(self, config: str) -> None:
+        """Write how the run is made: its resolved configuration, this start's command line, the environment."""
+        self.write_text(self.config.name, config)
+        self.write_command()
+        self.write_env()
+
     def write_command(self, arguments: list[str] | None = None) -> Path:
         """Add this start's command line, with its time, to command.txt."""
         before = self.command.read_text(encoding="utf-8") if self.command.exists() else ""

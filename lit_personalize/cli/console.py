@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
@@ -36,6 +37,11 @@ def configure_logging() -> None:
     diffusers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the option --device, which `lit_personalize.devices.device_of` reads."""
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
 
 
 def where_things_are(folder: Path, stream: TextIO) -> None:

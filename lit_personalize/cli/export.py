@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from lit_personalize.cli.console import add_device, configure_logging, where_things_are
+
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="litp export", description="Export a run's newest complete checkpoint.")
@@ -14,15 +16,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--formats", nargs="+", default=["diffusers", "kohya"], help=formats)
     parser.add_argument("--max-error", type=float, default=None, help="of dense changes written as LoRA; 0 is exact")
     parser.add_argument("--no-verify", action="store_true")
+    add_device(parser)
     options = parser.parse_args(arguments)
-    from lit_personalize.cli.console import configure_logging, where_things_are
     from lit_personalize.errors import DataError
 
     if not (options.run / "config.yaml").is_file():
         raise DataError(f"{options.run} is not a run directory: it has no config.yaml")
     configure_logging()
     from lit_personalize.configuration import instantiate, parse
-    from lit_personalize.fitting import export_run
+    from lit_personalize.devices import device_of
+    from lit_personalize.fitting import export_run, name_initial_words
     from lit_personalize.run_directory import RunDirectory
 
     parser_, config = parse(["-c", str(options.run / "config.yaml")])
@@ -32,6 +35,8 @@ def main(arguments: list[str]) -> int:
     config.export.verify = not options.no_verify
     run = RunDirectory(options.run.parent, options.run.name)
     with run.lock():
-        export_run(instantiate(parser_, config), run)
+        built = instantiate(parser_, config)
+        name_initial_words(built)
+        export_run(built, run, device_of(options.device))
     where_things_are(run.path, sys.stdout)
     return 0

@@ -6,6 +6,7 @@ Subclasses change `sample_weights` or `loss`; the training step itself stays her
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -20,6 +21,8 @@ from lit_personalize.backbones.base import Base, Conditioning
 from lit_personalize.backbones.loading import load_base
 from lit_personalize.batch import Batch, Role
 from lit_personalize.errors import DataError, UsageError
+
+log = logging.getLogger(__name__)
 
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
@@ -93,6 +96,7 @@ class Denoising(pl.LightningModule):
         """Training batches drawn so far; the step that keys every random draw."""
         self.base: Base | None = None
         self._states: dict[bytes, tuple[Tensor, Tensor | None]] = {}
+        self._rates: dict[str, float] = {}
 
     # ---- building ---------------------------------------------------------------------------------
 
@@ -128,13 +132,18 @@ class Denoising(pl.LightningModule):
         """The adapters, in order."""
         return [cast(Adapter, adapter) for adapter in self.adapters]
 
-    def configure_optimizers(self) -> Any:
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """One group per adapter, with its name and the options that it has of its own."""
         groups = []
         for adapter in self.trained:
             group: dict[str, Any] = {"name": adapter.name, "params": list(adapter.factors.values())}
             group.update({k: v for k in ("lr", "weight_decay") if (v := getattr(adapter, k)) is not None})
             groups.append(group)
-        optimizer = self.optimizer_factory(groups)
+        return groups
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer_factory(self.parameter_groups())
+        self._rates = self._rates or rates_of(optimizer)
         if self.scheduler_factory is None:
             return optimizer
         scheduler = {"scheduler": self.scheduler_factory(optimizer), "interval": "step"}
@@ -261,18 +270,35 @@ class Denoising(pl.LightningModule):
         Raises:
             DataError: Names or shapes are not those of this run's adapters.
         """
+        self._refuse_other_adapters(state_dict)
+        return super().load_state_dict(dict(state_dict), strict=False, assign=assign)
+
+    def _refuse_other_adapters(self, state_dict: Mapping[str, Any]) -> None:
         own = self.state_dict()
         if set(own) != set(state_dict):
             missing, unknown = sorted(set(own) - set(state_dict)), sorted(set(state_dict) - set(own))
             raise DataError(f"checkpoint of other adapters: missing {missing[:3]}, unknown {unknown[:3]}")
         if wrong := [k for k, v in own.items() if v.shape != state_dict[k].shape]:
             raise DataError(f"checkpoint of other adapters: {wrong[0]} has another shape")
-        return super().load_state_dict(dict(state_dict), strict=False, assign=assign)
+
+    def options(self) -> dict[str, Any]:
+        """What decides the loss besides data and seed, for a checkpoint to note."""
+        names = ("snr_gamma", "noise_offset", "caption_dropout", "timesteps")
+        return {name: getattr(self, name) for name in names}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["litp"] = {"draws": self.draws, "base_fingerprint": self.built.fingerprint, "seed": self.seed}
+        checkpoint["litp"] = {
+            "draws": self.draws, "base_fingerprint": self.built.fingerprint, "seed": self.seed,
+            "options": self.options(), "lr": self._rates,
+        }  # fmt: skip
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def check_resumable(self, checkpoint: Mapping[str, Any]) -> None:
+        """Compare a checkpoint with this run; options that differ but can be gone on with are warned of.
+
+        Raises:
+            DataError: It is of another base or of other adapters.
+            UsageError: It was drawn with another seed.
+        """
         state = checkpoint["litp"]
         if state["base_fingerprint"] != self.built.fingerprint:
             raise DataError(
@@ -281,7 +307,31 @@ class Denoising(pl.LightningModule):
             )
         if state["seed"] != self.seed:
             raise UsageError(f"the run was started with seed {state['seed']}, not {self.seed}; use a new run name")
+        if "state_dict" in checkpoint:
+            self._refuse_other_adapters(checkpoint["state_dict"])
+        for name, value in self.options().items():
+            if (before := state.get("options", {}).get(name, value)) != value:
+                log.warning(
+                    "model.%s was %r when the checkpoint was written and is %r now: the run goes on, "
+                    "but is not the one that it would have been", name, before, value,
+                )  # fmt: skip
+        for name, rate in rates_of(self.optimizer_factory(self.parameter_groups())).items():
+            if (kept := state.get("lr", {}).get(name, rate)) != rate:
+                log.warning(
+                    "the learning rate of %s was %g when the checkpoint was written and is %g now: the run goes on "
+                    "with %g, which the optimizer keeps; use a new run name for another", name, kept, rate, kept,
+                )  # fmt: skip
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_resumable(checkpoint)
+        state = checkpoint["litp"]
         self.draws = state["draws"]
+        self._rates = dict(state.get("lr", {}))
+
+
+def rates_of(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Learning rates by the names of the parameter groups."""
+    return {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
 
 
 def masked_mean(squared_error: Tensor, mask: Tensor | None) -> Tensor:

@@ -32,6 +32,9 @@ class PriorPreservation(Denoising):
             raise UsageError(f"prior_weight must not be negative, got {prior_weight}")
         self.prior_weight = prior_weight
 
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "prior_weight": self.prior_weight}
+
     def sample_weights(self, batch: Batch) -> Tensor:
         instance = batch.where(Role.INSTANCE)
         if not bool(instance.any()):

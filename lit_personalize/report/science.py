@@ -55,7 +55,9 @@ METHODS: dict[str, Method] = {
     "Custom Diffusion": Method("custom_diffusion/tinyworld"),
     "DreamBooth-LoRA": Method("dreambooth_lora/tinyworld", "generated"),
     "Textual Inversion": Method("textual_inversion/tinyworld", "none"),
-    "Custom Diffusion, no regularization": Method("custom_diffusion/tinyworld", "none"),
+    "Custom Diffusion, no regularization": Method(
+        "custom_diffusion/tinyworld", "none", ("--model.init_args.prior_weight", "0")
+    ),
     "Custom Diffusion, generated set": Method("custom_diffusion/tinyworld", "generated"),
     "Custom Diffusion, no augmentation": Method(
         "custom_diffusion/tinyworld", "shards", ("--data.init_args.augmentation", "none")

@@ -10,25 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lit_personalize import checkpoints
 from lit_personalize.backbones.loading import load_base
 from lit_personalize.cli.main import main
 from lit_personalize.configuration import parse
 from lit_personalize.recipe_files import names, recipe_text
 from lit_personalize.run_directory import RunDirectory
-from lit_personalize.tinyworld.dataset import sample_pictures, write_folder, write_shards
 
 METHODS = ("textual_inversion", "dreambooth_lora", "custom_diffusion", "lora")
-
-
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with three photos and a regularization shard, as working directory."""
-    monkeypatch.chdir(tmp_path)
-    write_folder(sample_pictures(3, 1, kind="object"), tmp_path / "photos")
-    for extra in [*(tmp_path / "photos").glob("*.txt"), *(tmp_path / "photos").glob("*.json")]:
-        extra.unlink()
-    write_shards(sample_pictures(6, 2, kind="object"), tmp_path / "reg")
-    return tmp_path
 
 
 def _init(base: Path, method: str = "custom_diffusion", *more: str) -> int:
@@ -135,10 +124,8 @@ def test_a_run_has_one_owner(tiny_bases: dict[str, Path], workplace: Path, capsy
 
 
 def test_out_of_memory_while_sampling_does_not_end_training(
-    tiny_bases: dict[str, Path], workplace: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bases: dict[str, Path], workplace: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import torch
-
     from lit_callbacks import sample_grid
 
     def fail(*args: object, **options: object) -> None:
@@ -147,6 +134,11 @@ def test_out_of_memory_while_sampling_does_not_end_training(
     monkeypatch.setattr(sample_grid, "generate", fail)
     assert _init(tiny_bases["sd1"], "lora") == 0
     assert main(["fit", *SMALL]) == 0
+    warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "memory" in r.getMessage()]
+    assert any("training goes on" in message for message in warned), caplog.text
+    found = checkpoints.find_complete(workplace / "runs/run/checkpoints")
+    assert found is not None and found.step == 3
+    assert not (workplace / "runs/run/samples/grid.png").exists()
 
 
 @pytest.mark.parametrize("recipe", names())
