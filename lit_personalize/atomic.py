@@ -16,6 +16,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises:
         FileNotFoundError: The block wrote nothing.
+        OSError: The disk is full, or closed to this user; its `filename` is `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,6 +26,10 @@ def replacing(path: Path) -> Iterator[Path]:
         flush(temporary)
         os.replace(temporary, path)
         flush(path.parent)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):  # a full disk is noticed while writing, where no name is known
+            error.filename = str(path)
+        raise
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -23,6 +24,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "doctor": ("doctor", "report versions, devices and known problems"),
     "world": ("world", "render pictures of the embedded world, or build its base"),
 }
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ACCESS = (errno.EROFS, errno.EACCES)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,11 +73,19 @@ def _run(verb: str, arguments: list[str]) -> int:
         print(f"litp {verb}: interrupted{f'; {stop}' if str(stop) else ''}", file=sys.stderr)
         return 130
     except Exception as error:  # noqa: BLE001 - the one place that turns errors into messages and exit codes
-        code = getattr(error, "exit_code", None)
+        code, message = getattr(error, "exit_code", None), str(error)
+        if code is None and isinstance(error, OSError) and error.errno in NO_ROOM + NO_ACCESS:
+            code, message = 1, unwritten(error)
         if code is None or os.environ.get("LITP_DEBUG"):
             raise
-        print(f"litp {verb}: {error}", file=sys.stderr)
+        print(f"litp {verb}: {message}", file=sys.stderr)
         return int(code)
+
+
+def unwritten(error: OSError) -> str:
+    """One sentence for a disk that is full or closed to this user; what was written before stays."""
+    fix = "make room" if error.errno in NO_ROOM else "allow it, or name another place"
+    return f"cannot write {error.filename or 'a file'}: {error.strerror}; {fix}; the same command continues"
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+STEPS = 300
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="litp quickstart", description="Learn a subject of the embedded world.")
     parser.add_argument("-o", "--output", type=Path, default=Path("quickstart"), help="folder for everything")
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=None, help=f"optimizer steps, {STEPS} by default")
     return parser
 
 
@@ -46,7 +48,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def prepare(folder: Path, steps: int) -> Path:
+def prepare(folder: Path, steps: int | None = None) -> Path:
     """Render the subject and the regularization set, and write run.yaml; keeps what is there."""
     from lit_personalize.cli.init import run_yaml
     from lit_personalize.tinyworld import dataset
@@ -62,8 +64,11 @@ def prepare(folder: Path, steps: int) -> Path:
         dataset.write_shards(dataset.sample_pictures(200, seed=5, kind="critter"), shards)
     if not config.exists():
         text = run_yaml("custom_diffusion", "tinyworld", photos, QUICKSTART_SUBJECT.class_noun, "<new1>",
-                        str(shards / "00000.tar"), "subject", steps)  # fmt: skip
+                        str(shards / "00000.tar"), "subject", STEPS if steps is None else steps)  # fmt: skip
         config.write_text(text, encoding="utf-8")
+    elif steps is not None:
+        print(f"litp quickstart: --steps {steps} is not used, since {config} exists: change it there, or name "
+              "another folder with -o", file=sys.stderr)  # fmt: skip
     return config
 
 

@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     render.add_argument("--shards", action="store_true", help="tar shards instead of a folder")
     render.add_argument("--size", type=int, default=64)
     build = verbs.add_parser("build", help="train the embedded base from nothing; resumable")
-    build.add_argument("-o", "--output", type=Path, required=True)
+    build.add_argument("-o", "--output", type=Path, default=Path("world"), help="folder; the same one continues")
     build.add_argument("--budget", default=None, help="wall-clock limit: 90s, 150m, 2.5h")
     build.add_argument("--start", type=Path, default=None, help="go on from another world's weights")
     card = verbs.add_parser("card", help="measure a built world and write its card")
