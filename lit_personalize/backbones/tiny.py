@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 
 Family = Literal["sd1", "sd2", "sd2-v", "sdxl"]
+WIDTHS = (32, 48)
+"""Of the text encoders; the second is SDXL's."""
 WORDS = tuple("a an the photo picture of cat dog toy red blue on beach in style ktn pll".split())
 
 
@@ -25,14 +27,15 @@ def write_tiny_base(folder: Path, family: Family = "sd1", seed: int = 0) -> Path
         xl = family == "sdxl"
         tokenizer = _tiny_tokenizer(folder / "tokenizer")
         shape: dict[str, Any] = {
-            "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2,
+            "vocab_size": len(tokenizer), "hidden_size": WIDTHS[0], "intermediate_size": 37, "num_hidden_layers": 2,
             "num_attention_heads": 4, "max_position_embeddings": 77, "projection_dim": 32,
             "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
         }  # fmt: skip
         CLIPTextModel(CLIPTextConfig(**shape)).save_pretrained(folder / "text_encoder")
         if xl:
             _tiny_tokenizer(folder / "tokenizer_2")
-            CLIPTextModelWithProjection(CLIPTextConfig(**shape)).save_pretrained(folder / "text_encoder_2")
+            wider = {**shape, "hidden_size": WIDTHS[1]}  # wider, as SDXL's: neither can pass for the other
+            CLIPTextModelWithProjection(CLIPTextConfig(**wider)).save_pretrained(folder / "text_encoder_2")
         extra: dict[str, Any] = {}
         if xl:
             extra = {
@@ -43,7 +46,7 @@ def write_tiny_base(folder: Path, family: Family = "sd1", seed: int = 0) -> Path
             sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(32, 64),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=64 if xl else 32, attention_head_dim=(2, 4) if family != "sd1" else 4,
+            cross_attention_dim=sum(WIDTHS) if xl else WIDTHS[0], attention_head_dim=(2, 4) if family != "sd1" else 4,
             use_linear_projection=family != "sd1", norm_num_groups=16, **extra,
         ).save_pretrained(folder / "unet")  # fmt: skip
         AutoencoderKL(

@@ -92,7 +92,7 @@ def test_snapshot_stack_and_export_round_trip(tiny_bases: dict[str, Path], kind:
     for layer, dense in weights.dense.items():
         torch.testing.assert_close(dense, adapter.delta(layer).detach())
     if kind == "token":
-        assert [r.shape for r in weights.tokens["<new1>"]] == [(2, 32), (2, 32)]
+        assert [r.shape for r in weights.tokens["<new1>"]] == [(2, 32), (2, 48)]
     with pytest.raises(ValueError, match="missing factors"):
         adapter.restore({})
 

@@ -1,4 +1,4 @@
-"""A base as one checkpoint in the layout of the first Stable Diffusion releases: it is the same model."""
+"""A base as one checkpoint in the layouts of the Stable Diffusion 1, 2 and XL releases: it is the same model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,18 @@ UNET = {
     "up_blocks.0.resnets.1": "output_blocks.1.0", "up_blocks.0.attentions.1": "output_blocks.1.1",
     "up_blocks.0.upsamplers.0.conv": "output_blocks.1.2.conv",
     "up_blocks.1.resnets.0": "output_blocks.2.0", "up_blocks.1.resnets.1": "output_blocks.3.0",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
 }  # fmt: skip
+OPEN_CLIP = [
+    (r"embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"embeddings\.token_embedding", "token_embedding"),
+    (r"final_layer_norm", "ln_final"),
+    (r"encoder\.layers", "transformer.resblocks"),
+    (r"layer_norm(\d)", r"ln_\1"),
+    (r"self_attn", "attn"),
+    (r"fc1", "c_fc"),
+    (r"fc2", "c_proj"),
+]
 VAE = [
     (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
     (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
@@ -66,16 +77,42 @@ def _vae_entry(name: str, tensor: Tensor) -> tuple[str, Tensor]:
     return f"first_stage_model.{key}", tensor.contiguous()
 
 
+def _clip(text: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Keys of OpenAI's CLIP, as in SD1 and SDXL's first encoder."""
+    return {f"{prefix}transformer.text_model.{name.removeprefix('text_model.')}": t for name, t in text.items()}
+
+
+def _open_clip(text: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Keys of OpenCLIP, as in SD2 and SDXL's second encoder: Q, K and V in one matrix, the projection transposed."""
+    tensors: dict[str, Tensor] = {}
+    stacked: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in text.items():
+        key = name.removeprefix("text_model.")
+        for pattern, replacement in OPEN_CLIP:
+            key = re.sub(pattern, replacement, key)
+        if found := re.fullmatch(r"(.+\.attn\.)([qkv])_proj\.(weight|bias)", key):
+            stacked.setdefault(f"{found[1]}in_proj_{found[3]}", {})[found[2]] = tensor
+        elif key == "text_projection.weight":
+            tensors["text_projection"] = tensor.T
+        else:
+            tensors[key] = tensor
+    tensors |= {key: torch.cat([parts[p] for p in "qkv"]) for key, parts in stacked.items()}
+    tensors.setdefault("text_projection", torch.eye(len(tensors["ln_final.weight"])))  # in SD2's files, but not used
+    return {f"{prefix}model.{key}": tensor.contiguous() for key, tensor in tensors.items()}
+
+
 def write_single_file(folder: Path, path: Path) -> Path:
-    """Write the tiny sd1 base in `folder` as one checkpoint with the keys of the original releases."""
-    unet, vae, text = (
-        load_file(next((folder / part).glob("*.safetensors"))) for part in ("unet", "vae", "text_encoder")
-    )
-    tensors = {_unet_key(name): t for name, t in unet.items()}
-    tensors |= dict(_vae_entry(name, t) for name, t in vae.items())
-    prefix = "cond_stage_model.transformer.text_model."
-    tensors |= {prefix + name.removeprefix("text_model."): t for name, t in text.items()}
-    assert len(tensors) == len(unet) + len(vae) + len(text), "two names fell together"
+    """Write the tiny base in `folder` as one checkpoint with the keys of its family's original releases."""
+    found = {p.name: load_file(next(p.glob("*.safetensors"))) for p in folder.iterdir() if any(p.glob("*.safetensors"))}
+    tensors = {_unet_key(name): t for name, t in found["unet"].items()}
+    tensors |= dict(_vae_entry(name, t) for name, t in found["vae"].items())
+    assert len(tensors) == len(found["unet"]) + len(found["vae"]), "two names fell together"
+    if "text_encoder_2" in found:
+        tensors |= _clip(found["text_encoder"], "conditioner.embedders.0.")
+        tensors |= _open_clip(found["text_encoder_2"], "conditioner.embedders.1.")
+    else:
+        write = _clip if folder.name == "sd1" else _open_clip
+        tensors |= write(found["text_encoder"], "cond_stage_model.")
     save_file(tensors, path)
     return path
 
@@ -85,8 +122,13 @@ def single_file(tiny_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFa
     return write_single_file(tiny_bases["sd1"], tmp_path_factory.mktemp("single") / "model.safetensors")
 
 
-def test_it_predicts_encodes_and_decodes_as_the_directory_does(tiny_bases: dict[str, Path], single_file: Path) -> None:
-    directory, file = load_base(tiny_bases["sd1"]), load_base(single_file, config=tiny_bases["sd1"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sd2-v", "sdxl"])
+def test_it_predicts_encodes_and_decodes_as_the_directory_does(
+    tiny_bases: dict[str, Path], tmp_path: Path, family: str
+) -> None:
+    single_file = write_single_file(tiny_bases[family], tmp_path / "model.safetensors")
+    directory, file = load_base(tiny_bases[family]), load_base(single_file, config=tiny_bases[family])
+    assert file.schedule.prediction_type == directory.schedule.prediction_type
     draws = torch.Generator().manual_seed(0)
     z = torch.randn(2, 4, 16, 16, generator=draws)
     pixels = torch.rand(1, 3, 32, 32, generator=draws) * 2 - 1
