@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from lit_personalize.cli.console import add_device, configure_logging
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="litp evaluate", description="Measure an adapter against real pictures.")
@@ -27,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--force", action="store_true", help="accept an adapter that was made for another base")
     parser.add_argument("-o", "--output", type=Path, default=None, help="also write the report as JSON")
     parser.add_argument("--json", action="store_true")
+    add_device(parser)
     return parser
 
 
@@ -59,7 +62,6 @@ def _embedded_suite(
 
 def main(arguments: list[str]) -> int:
     options = build_parser().parse_args(arguments)
-    from lit_personalize.cli.console import configure_logging
     from lit_personalize.errors import UsageError
 
     configure_logging()
@@ -69,6 +71,7 @@ def main(arguments: list[str]) -> int:
     from lit_datamodules.image_files import list_images, read_image
     from lit_personalize.atomic import write_text
     from lit_personalize.backbones.loading import load_base
+    from lit_personalize.devices import device_of
     from lit_personalize.export.loading import load_adapter
     from lit_personalize.metrics.evaluation import evaluate
     from lit_personalize.metrics.features import clip_directory
@@ -91,7 +94,7 @@ def main(arguments: list[str]) -> int:
         pixels = [read_image(path).pixels for path in list_images(options.references)]
     else:
         raise UsageError("name real pictures with --references, or a suite")
-    base = load_base(options.base, config=options.base_config)
+    base = load_base(options.base, config=options.base_config, device=device_of(options.device))
     folder = options.adapter / "exports" if (options.adapter / "exports").is_dir() else options.adapter
     sides = (base.resolution, base.resolution)
     pictures = [np.asarray(Image.fromarray(p).resize(sides, Image.Resampling.BICUBIC)) for p in pixels]

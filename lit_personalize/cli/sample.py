@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lit_personalize.cli.console import add_device, configure_logging
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="litp sample", description="Draw pictures with a base and adapters.")
@@ -20,6 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resolution", type=int, default=None)
     parser.add_argument("--force", action="store_true", help="accept an adapter that was made for another base")
     parser.add_argument("-o", "--output", type=Path, default=Path("samples"), help="folder for pictures and grid.png")
+    add_device(parser)
     return parser
 
 
@@ -42,17 +45,16 @@ def path_and_scale(entry: str) -> tuple[Path, float]:
 
 def main(arguments: list[str]) -> int:
     options = build_parser().parse_args(arguments)
-    from lit_personalize.cli.console import configure_logging
-
     configure_logging()
     from PIL import Image
 
     from lit_personalize.backbones.loading import load_base
+    from lit_personalize.devices import device_of
     from lit_personalize.export.loading import load_adapter
     from lit_personalize.sampling.grid import captioned_grid
     from lit_personalize.sampling.sampler import SamplingOptions, generate
 
-    base = load_base(options.base, config=options.base_config)
+    base = load_base(options.base, config=options.base_config, device=device_of(options.device))
     adapters = []
     for entry in options.adapter:
         path, scale = path_and_scale(entry)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lit_personalize.cli.console import add_device, configure_logging
+
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
@@ -15,11 +17,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--base-config", default=None)
     parser.add_argument("--prompt", default="a photo")
     parser.add_argument("--json", action="store_true")
+    add_device(parser)
     options = parser.parse_args(arguments)
-    from lit_personalize.cli.console import configure_logging
-
     configure_logging()
     from lit_personalize.backbones.loading import load_base
+    from lit_personalize.devices import device_of
     from lit_personalize.errors import DataError
     from lit_personalize.export.verify import adapters_in, exported_of, verify
 
@@ -31,7 +33,8 @@ def main(arguments: list[str]) -> int:
         if not found:
             raise DataError(f"{folder} holds no adapter file; name a .safetensors file or a run")
         paths += found
-    report = verify(exported_of(paths), load_base(options.base, config=options.base_config), prompt=options.prompt)
+    base = load_base(options.base, config=options.base_config, device=device_of(options.device))
+    report = verify(exported_of(paths), base, prompt=options.prompt)
     if options.json:
         print(report.to_json(), end="")
         return 0

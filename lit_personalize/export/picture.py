@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,6 +21,8 @@ from lit_personalize.export.exporter import Exported
 from lit_personalize.export.loading import load_adapter, read_adapter
 from lit_personalize.export.stock import side_of, stock_pipeline
 from lit_personalize.sampling.sampler import SamplingOptions, generate, start_noise
+
+log = logging.getLogger(__name__)
 
 PICTURE_TOLERANCE = 1 / 255
 STEPS = 4
@@ -62,7 +66,7 @@ def compare_pictures(files: Sequence[Exported], base: Base, prompt: str) -> floa
         place_embedding(pipe, item, token, rows)
     fresh = load_base(base.source, config=base.config)
     adapter = load_adapter([f.path for f in chosen], fresh, force=True)
-    return _compare(pipe, fresh, adapter, prompt, "the stock pipeline")
+    return _compare_on(base.device, pipe, fresh, adapter, prompt, "the stock pipeline")
 
 
 def compare_merged(pipe: Any, base: Base, weights: AdapterWeights, prompt: str, path: Path) -> float:
@@ -70,7 +74,24 @@ def compare_merged(pipe: Any, base: Base, weights: AdapterWeights, prompt: str, 
     fresh = load_base(base.source, config=base.config)
     adapter = LoadedAdapter(weights)
     adapter.attach(fresh)
-    return _compare(pipe, fresh, adapter, prompt, str(path))
+    return _compare_on(base.device, pipe, fresh, adapter, prompt, str(path))
+
+
+def _compare_on(
+    device: torch.device, pipe: Any, base: Base, adapter: LoadedAdapter, prompt: str, what: str
+) -> float:
+    """Compare on a device; where two models do not fit into its memory, on the CPU."""
+    try:
+        pipe.to(device)
+        base.to(device)
+        # TF32 rounds the two ways of adding ΔW apart by more than the tolerance.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return _compare(pipe, base, adapter, prompt, what)
+    except torch.OutOfMemoryError:
+        log.warning("%s has no room for two models: the picture is compared on the CPU", device)
+    pipe.to("cpu")
+    base.to("cpu")
+    return _compare(pipe, base, adapter, prompt, what)
 
 
 def _compare(pipe: Any, base: Base, adapter: LoadedAdapter, prompt: str, what: str) -> float:

@@ -172,8 +172,8 @@ def evaluate(
     """
     if not prompts or not len(references) or not seeds:
         raise UsageError("evaluation needs at least one prompt, one reference picture and one seed")
-    clip = Clip(clip_dir)
-    dino = Dino(dino_dir) if dino_dir else None
+    clip = Clip(clip_dir, device=base.device)
+    dino = Dino(dino_dir, device=base.device) if dino_dir else None
     asked = [p for p in prompts for _ in seeds]
     plain = [alignment.without_token(p, token) for p in asked]
     drawn_seeds = list(seeds) * len(prompts)

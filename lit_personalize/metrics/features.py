@@ -58,11 +58,11 @@ def _projected(out: Any) -> Tensor:
 class Clip:
     """Image and text features of a local `CLIPModel` directory (Radford et al., 2021), in the shared space."""
 
-    def __init__(self, path: str | Path, batch: int = 64):
+    def __init__(self, path: str | Path, batch: int = 64, device: str | torch.device = "cpu"):
         from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
 
         folder = _directory(path, "CLIP")
-        self.model = _load(CLIPModel, folder, dtype=torch.float32).eval()
+        self.model = _load(CLIPModel, folder, dtype=torch.float32).eval().to(device)
         self.processor = _load(AutoImageProcessor, folder)
         self.tokenizer = _load(CLIPTokenizer, folder)
         self.batch = batch
@@ -74,26 +74,27 @@ class Clip:
         parts = []
         for start in range(0, len(pictures), self.batch):
             chunk = [Image.fromarray(p) for p in pictures[start : start + self.batch]]
-            pixels = self.processor(images=chunk, return_tensors="pt")["pixel_values"]
+            pixels = self.processor(images=chunk, return_tensors="pt")["pixel_values"].to(self.model.device)
             parts.append(_projected(self.model.get_image_features(pixel_values=pixels)))
-        return torch.cat(parts).float()
+        return torch.cat(parts).float().cpu()
 
     @torch.no_grad()
     def texts(self, captions: Sequence[str]) -> Tensor:
         """fp32 `[N, d]`, not normalised."""
         encoded = self.tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
-        mask = encoded.get("attention_mask")
-        return _projected(self.model.get_text_features(input_ids=encoded["input_ids"], attention_mask=mask)).float()
+        wanted = ("input_ids", "attention_mask")
+        inputs = {name: tensor.to(self.model.device) for name, tensor in encoded.items() if name in wanted}
+        return _projected(self.model.get_text_features(**inputs)).float().cpu()
 
 
 class Dino:
     """The class token after the final norm of any local ViT or DINO directory (Caron et al., 2021)."""
 
-    def __init__(self, path: str | Path, batch: int = 64):
+    def __init__(self, path: str | Path, batch: int = 64, device: str | torch.device = "cpu"):
         from transformers import AutoImageProcessor, AutoModel
 
         folder = _directory(path, "ViT")
-        self.model = _load(AutoModel, folder, dtype=torch.float32).eval()
+        self.model = _load(AutoModel, folder, dtype=torch.float32).eval().to(device)
         self.processor = _load(AutoImageProcessor, folder)
         self.batch = batch
         self.name = folder.name
@@ -104,6 +105,6 @@ class Dino:
         parts = []
         for start in range(0, len(pictures), self.batch):
             chunk = [Image.fromarray(p) for p in pictures[start : start + self.batch]]
-            pixels = self.processor(images=chunk, return_tensors="pt")["pixel_values"]
+            pixels = self.processor(images=chunk, return_tensors="pt")["pixel_values"].to(self.model.device)
             parts.append(self.model(pixel_values=pixels).last_hidden_state[:, 0])
-        return torch.cat(parts).float()
+        return torch.cat(parts).float().cpu()
