@@ -179,3 +179,12 @@ def test_a_token_begins_at_the_class_noun(
     nameless = "[{path: photos, token: <new1>, class_noun: '', prompt: a photo of a <new1>}]"
     assert main(["fit", *SMALL, "--name", "other", "--data.init_args.concepts", nameless]) == 2
     assert "no concept with a class_noun" in capsys.readouterr().err
+
+
+def test_without_a_progress_bar(
+    tiny_bases: dict[str, Path], workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _init(tiny_bases["sd1"], "lora") == 0
+    capsys.readouterr()
+    assert main(["fit", *SMALL, "--sampling.prompts", "[]", "--trainer.enable_progress_bar", "false"]) == 0
+    assert "step 3/3" not in capsys.readouterr().err
