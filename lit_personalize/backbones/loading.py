@@ -63,31 +63,47 @@ def load_base(
     """
     path = resolve(base)
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    parts = parts_of(base, config, dtype)
-    family = StableDiffusionXL if len(parts["text_encoders"]) == 2 else StableDiffusion
+    family = StableDiffusionXL if _is_xl(index_of(config_directory(base, config))) else StableDiffusion
     if vae_dtype is None:
         vae_dtype = torch.float32 if family is StableDiffusionXL and dtype == torch.float16 else dtype
-    vae_dtype = DTYPES[vae_dtype] if isinstance(vae_dtype, str) else vae_dtype
-    if parts["vae"].dtype != vae_dtype:
-        parts["vae"].to(vae_dtype)
+    parts = parts_of(base, config, dtype, DTYPES[vae_dtype] if isinstance(vae_dtype, str) else vae_dtype)
     built = family(**parts, fingerprint=fingerprint_of(path), source=str(base), config=config)
     return built.to(device)
 
 
 def parts_of(
-    base: str | Path, config: str | Path | None = None, dtype: torch.dtype = torch.float32
+    base: str | Path,
+    config: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    vae_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Stock modules of a base by part: unet, vae, text_encoders, tokenizers, scheduler; and the pipeline's flag
     `force_zeros_for_empty_prompt`.
     """
-    path = resolve(base)
-    return _parts_of_directory(path, dtype) if path.is_dir() else _parts_of_file(path, config, dtype)
+    path, folder = resolve(base), config_directory(base, config)
+    if path.is_dir():
+        return _parts_of_directory(path, dtype, vae_dtype or dtype)
+    return _parts_of_file(path, folder, dtype, vae_dtype or dtype)
 
 
 def config_directory(base: str | Path, config: str | Path | None = None) -> Path:
-    """The diffusers directory that a base's configs come from: its own, or for a single file the one named for it."""
+    """The diffusers directory that a base's configs come from: its own, or for a single file the one named for it.
+
+    Raises:
+        DataError: The file is no safetensors file.
+        UsageError: A single file, and `config` names no directory.
+    """
     path = resolve(base)
-    return path if path.is_dir() or config is None else resolve(config)
+    if path.is_dir():
+        return path
+    if path.suffix != ".safetensors":
+        raise DataError(f"{path.name}: only .safetensors checkpoints are read; {path.suffix or 'this'} may run code")
+    if config is None:
+        raise UsageError(
+            f"{path.name} is a single file: name a diffusers directory of the same family in `base_config` "
+            "for its configs and tokenizers (nothing is fetched from a hub)"
+        )
+    return resolve(config)
 
 
 def index_of(path: Path) -> dict[str, Any]:
@@ -105,10 +121,14 @@ def index_of(path: Path) -> dict[str, Any]:
         raise DataError(f"{index} is damaged ({error}); copy the diffusers directory again") from error
 
 
-def _parts_of_directory(path: Path, dtype: torch.dtype) -> dict[str, Any]:
+def _is_xl(index: Mapping[str, Any]) -> bool:
+    return "XL" in index.get("_class_name", "")
+
+
+def _parts_of_directory(path: Path, dtype: torch.dtype, vae_dtype: torch.dtype) -> dict[str, Any]:
     listed = index_of(path)
     wanted = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
-    if "XL" in listed.get("_class_name", ""):
+    if _is_xl(listed):
         wanted += ["text_encoder_2", "tokenizer_2"]
     elif "StableDiffusion" not in listed.get("_class_name", ""):
         raise UsageError(f"{path} is a {listed.get('_class_name')}; supported are Stable Diffusion 1, 2 and XL")
@@ -117,7 +137,7 @@ def _parts_of_directory(path: Path, dtype: torch.dtype) -> dict[str, Any]:
     encoders = [name for name in ("text_encoder", "text_encoder_2") if name in wanted]
     return {
         "unet": _load_part(path, "unet", dtype),
-        "vae": _load_part(path, "vae", dtype),
+        "vae": _load_part(path, "vae", vae_dtype),
         "text_encoders": [_load_part(path, name, dtype, listed[name][1]) for name in encoders],
         "tokenizers": [_load_tokenizer(path, n) for n in ("tokenizer", "tokenizer_2") if n in wanted],
         "scheduler": _load_scheduler(path),
@@ -127,7 +147,7 @@ def _parts_of_directory(path: Path, dtype: torch.dtype) -> dict[str, Any]:
 
 def _forces_zeros(index: Mapping[str, Any]) -> bool:
     """Whether an empty negative prompt means zeros: SDXL's pipeline says so where its index does not."""
-    return "XL" in index.get("_class_name", "") and bool(index.get("force_zeros_for_empty_prompt", True))
+    return _is_xl(index) and bool(index.get("force_zeros_for_empty_prompt", True))
 
 
 def _load_part(path: Path, name: str, dtype: torch.dtype, class_name: str = "CLIPTextModel") -> nn.Module:
@@ -172,28 +192,23 @@ def _load_scheduler(path: Path) -> Any:
     return DDPMScheduler.from_pretrained(path / "scheduler", local_files_only=True)
 
 
-def _parts_of_file(path: Path, config: str | Path | None, dtype: torch.dtype) -> dict[str, Any]:
-    from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+def _parts_of_file(path: Path, folder: Path, dtype: torch.dtype, vae_dtype: torch.dtype) -> dict[str, Any]:
+    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-    if path.suffix != ".safetensors":
-        raise DataError(f"{path.name}: only .safetensors checkpoints are read; {path.suffix or 'this'} may run code")
-    if config is None:
-        raise UsageError(
-            f"{path.name} is a single file: name a diffusers directory of the same family in `base_config` "
-            "for its configs and tokenizers (nothing is fetched from a hub)"
-        )
-    folder = resolve(config)
     index = index_of(folder)
-    xl = "XL" in index.get("_class_name", "")
-    kind = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
+    kind = StableDiffusionXLPipeline if _is_xl(index) else StableDiffusionPipeline
+    options: dict[str, Any] = {"config": str(folder), "local_files_only": True}
     try:
-        pipe = kind.from_single_file(path, config=str(folder), local_files_only=True, torch_dtype=dtype)
+        pipe = kind.from_single_file(path, torch_dtype=dtype, **options)
+        vae = pipe.vae
+        if vae_dtype != dtype:  # from the file again: what was rounded to `dtype` stays rounded
+            vae = AutoencoderKL.from_single_file(path, torch_dtype=vae_dtype, subfolder="vae", **options)
     except Exception as error:  # noqa: BLE001 - see _load_part
         raise DataError(f"cannot read {path.name} as a {kind.__name__}: {error}") from error
     two = kind is StableDiffusionXLPipeline
     return {
         "unet": pipe.unet,
-        "vae": pipe.vae,
+        "vae": vae,
         "text_encoders": [pipe.text_encoder, pipe.text_encoder_2] if two else [pipe.text_encoder],
         "tokenizers": [pipe.tokenizer, pipe.tokenizer_2] if two else [pipe.tokenizer],
         "scheduler": DDPMScheduler.from_config(pipe.scheduler.config),

@@ -159,6 +159,8 @@ def test_fp16_vae_overflow_is_reported(tiny_bases: dict[str, Path]) -> None:
 def test_sdxl_in_fp16_keeps_its_vae_in_fp32(tiny_bases: dict[str, Path]) -> None:
     base = load_base(tiny_bases["sdxl"], dtype="float16")
     assert base.dtype == torch.float16 and base.vae.dtype == torch.float32
+    own = load_base(tiny_bases["sdxl"]).vae.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in base.vae.state_dict().items()), "rounded on the way"
 
 
 def test_text_conditioning_is_what_stock_pipelines_compute(tiny_bases: dict[str, Path]) -> None:

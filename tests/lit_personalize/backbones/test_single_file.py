@@ -144,6 +144,18 @@ def test_it_predicts_encodes_and_decodes_as_the_directory_does(
     assert file.fingerprint != directory.fingerprint, "another file is another base to adapters"
 
 
+@pytest.mark.parametrize("vae_dtype", ["float32", "bfloat16"])
+def test_the_vae_is_read_in_its_own_precision(tiny_bases: dict[str, Path], single_file: Path, vae_dtype: str) -> None:
+    how = {"dtype": "bfloat16", "vae_dtype": vae_dtype}
+    own, found = (
+        load_base(path, config=config, **how).vae.state_dict()
+        for path, config in ((tiny_bases["sd1"], None), (single_file, tiny_bases["sd1"]))
+    )
+    exact = load_base(tiny_bases["sd1"]).vae.state_dict()
+    for name, value in exact.items():
+        assert torch.equal(own[name], value.to(getattr(torch, vae_dtype))) and torch.equal(found[name], own[name])
+
+
 def test_litp_draws_the_same_picture(
     tiny_bases: dict[str, Path], single_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -58,8 +59,8 @@ def test_validation_sees_the_newest_weights(
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         plugins=[LightningEnvironment()],
     )  # fmt: skip
-    delivered = {name: value for name, value in vars(batch).items() if value is not None}
-    trainer.fit(objective, DataLoader([delivered] * 2, batch_size=None), DataLoader([delivered], batch_size=None))
+    delivered: Any = [{name: value for name, value in vars(batch).items() if value is not None}]
+    trainer.fit(objective, DataLoader(delivered * 2, batch_size=None), DataLoader(delivered, batch_size=None))
     with torch.no_grad():
         for adapter in objective.trained:
             adapter.refresh(objective.built.dtype)
