@@ -73,3 +73,22 @@ def test_sheet_shows_masks_in_cells_of_the_base(workplace: Path, monkeypatch: py
     masks = {tile.mask.shape for section in shown for tile in section.tiles if tile.mask is not None}
     assert masks == {(1, 16, 16)}
     assert Image.open("sheet.png").width > 100
+
+
+def test_another_sampler_or_precision_draws_another_regularization_set(
+    tiny_bases: dict[str, Path], workplace: Path
+) -> None:
+    from lit_personalize.configuration import instantiate, parse
+    from lit_personalize.fitting import prepare_data
+    from lit_personalize.run_directory import RunDirectory
+
+    given = ["--images", "photos", "--class-noun", "cat", "--method", "lora", "--base", str(tiny_bases["sd1"])]
+    assert main(["init", *given]) == 0
+    sets = ["--data.init_args.regularization", '[{generate: 1, prompt: "a cat"}]', "--data.init_args.resolution", "32"]
+    drawn = []
+    for steps, dtype in ((1, "float32"), (1, "float32"), (2, "float32"), (1, "bfloat16")):
+        how = ["--sampling.steps", str(steps), "--model.init_args.dtype", dtype]
+        parser, config = parse(["-c", "run.yaml", *sets, *how])
+        prepare_data(instantiate(parser, config), RunDirectory("runs", "run").create())
+        drawn.append(len(list((workplace / "regularization").iterdir())))
+    assert drawn == [1, 1, 2, 3]
