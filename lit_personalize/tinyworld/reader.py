@@ -67,7 +67,7 @@ class Reader(nn.Module):
         super().__init__()
         self.config = {**DEFAULT_CONFIG, **(config or {})}
         a, b, c, d = self.config["widths"]
-        self.trunk = nn.Sequential(_down(3, a, 5), _down(a, b), _Block(b), _down(b, c), _Block(c), _down(c, d))
+        self.trunk = nn.Sequential(_down(3, a, 5), _Block(a), _down(a, b), _Block(b), _down(b, c), _Block(c), _down(c, d))
         side = self.config["size"] // 16
         hidden = self.config["hidden"]
         self.neck = nn.Sequential(
@@ -189,7 +189,7 @@ def train_reader(
     folder: str | Path,
     *,
     seconds: float | None = None,
-    steps: int = 4000,
+    steps: int = 12_000,
     batch: int = 64,
     learning_rate: float = 3e-3,
     counts: dict[Kind, int] | None = None,
