@@ -93,6 +93,9 @@ def write_manifest(records: Sequence[Record], path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk is noticed while writing, where no name is known
+        raise
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()

@@ -120,6 +120,9 @@ def _write_png(page: Image.Image, path: Path) -> None:
     try:
         temporary.write_bytes(buffer.getvalue())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk is noticed while writing, where no name is known
+        raise
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()

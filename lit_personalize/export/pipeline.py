@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from lit_personalize import atomic
 from lit_personalize.adapters.protocol import AdapterWeights
@@ -49,7 +51,11 @@ def merged_pipeline(weights: AdapterWeights, base: Base) -> Any:
 
 
 def write_pipeline(weights: AdapterWeights, base: Base, folder: Path) -> Path:
-    """Write a pipeline that `from_pretrained` loads without any adapter file; an earlier one is replaced whole."""
+    """Write a pipeline that `from_pretrained` loads without any adapter file; an earlier one is replaced whole.
+
+    Raises:
+        OSError: The disk is full, or closed to this user; its `filename` is `folder`.
+    """
     temporary, old = (folder.with_name(f".{what}-{os.getpid()}-{folder.name}") for what in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -61,6 +67,13 @@ def write_pipeline(weights: AdapterWeights, base: Base, folder: Path) -> Path:
             os.replace(folder, old)
         os.replace(temporary, folder)
         atomic.flush(folder.parent)
+    except SafetensorError as error:  # its name for any failure of the disk
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
+        raise
+    except OSError as error:
+        error.filename = str(folder)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if folder.exists():

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from lit_datamodules.manifest import Record, write_manifest
+from lit_datamodules.sheet import write_sheet
 from lit_personalize import atomic, checkpoints
+from lit_personalize.adapters.protocol import AdapterWeights
+from lit_personalize.backbones.loading import load_base
 from lit_personalize.cli import main as stage_one
 from lit_personalize.cli.main import main
+from lit_personalize.export.pipeline import write_pipeline
+from lit_personalize.run_loggers import MetricsFile
 
 CALLBACK = '''
 import resource
@@ -100,4 +109,41 @@ def test_an_error_without_a_name_gets_that_of_the_file(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.filename == str(tmp_path / "card.md")
     assert str(tmp_path / "card.md") in stage_one.unwritten(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """No file of this process can grow beyond `limit` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_manifest_sheet_and_metrics_name_themselves(tmp_path: Path) -> None:
+    columns = {f"column {i}": 0.5 for i in range(9)}
+    logger = MetricsFile(tmp_path)
+    logger.log_metrics(columns, step=0)
+    writers: dict[str, Callable[[], object]] = {
+        "manifest.jsonl": lambda: write_manifest([Record("photos/00000.png", "used")], tmp_path / "manifest.jsonl"),
+        "sheet.png": lambda: write_sheet([], tmp_path / "sheet.png"),
+        "metrics.csv": logger.save,
+    }
+    for name, write in writers.items():
+        with pytest.raises(OSError) as caught, full_disk(64):
+            write()
+        assert caught.value.errno == errno.EFBIG
+        assert caught.value.filename == str(tmp_path / name)
+
+
+def test_a_merged_pipeline_names_itself(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    base = load_base(tiny_bases["sd1"])
+    # More than the progress bars of loaders, which pytest keeps in a file; less than the weights.
+    with pytest.raises(OSError) as caught, full_disk(1 << 16):
+        write_pipeline(AdapterWeights(), base, tmp_path / "pipeline")
+    assert caught.value.errno == errno.EFBIG
+    assert caught.value.filename == str(tmp_path / "pipeline")
     assert not list(tmp_path.iterdir())
