@@ -67,7 +67,8 @@ class Reader(nn.Module):
         super().__init__()
         self.config = {**DEFAULT_CONFIG, **(config or {})}
         a, b, c, d = self.config["widths"]
-        self.trunk = nn.Sequential(_down(3, a, 5), _Block(a), _down(a, b), _Block(b), _down(b, c), _Block(c), _down(c, d))
+        halves = (_down(3, a, 5), _Block(a), _down(a, b), _Block(b), _down(b, c), _Block(c), _down(c, d))
+        self.trunk = nn.Sequential(*halves)
         side = self.config["size"] // 16
         hidden = self.config["hidden"]
         self.neck = nn.Sequential(
