@@ -42,6 +42,7 @@ def colors_from_pixels(pixels: np.ndarray) -> tuple[str, str]:
 # name on the card -> (kinds of scenes, heads of the reader)
 GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "shape": (("object",), ("shape",)),
+    "shape, flat-filled": (("object",), ("shape",)),
     "object colour": (("object",), ("color",)),
     "texture": (("object",), ("texture",)),
     "background": (("object", "critter", "person", "pair", "sign"), ("background",)),
@@ -67,6 +68,8 @@ def score_pictures(pixels: np.ndarray, scenes: list[Scene], reader: Reader) -> d
             pairs = []
             for scene, truth, reading in zip(scenes, truths, readings, strict=True):
                 if scene.kind not in kinds or truth.get(head, NONE) == NONE:
+                    continue
+                if name.endswith("flat-filled") and truth["texture"] != "flat":
                     continue
                 is_kind = head == "background" or reading["kind"] == scene.kind
                 pairs.append((truth[head], reading[head] if is_kind else "unclear"))
