@@ -203,15 +203,18 @@ class Denoising(pl.LightningModule):
 
     @torch.no_grad()
     def _cached_states(self, ids: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Encode every distinct caption once; personalization repeats few of them."""
+        """Encode every distinct caption once, by itself; personalization repeats few of them.
+
+        Encoded together, a caption's states would depend in the last bit on the others, which a resumed run meets
+        in another order.
+        """
         keys = [b"".join(i[b].cpu().numpy().tobytes() for i in ids) for b in range(len(ids[0]))]
-        if new := [b for b, key in enumerate(keys) if key not in self._states]:
-            states, pooled = self.built.encode_text([i[new] for i in ids])
-            if len(self._states) > 4096:
-                self._states.clear()
-                return self._cached_states(ids)
-            for n, b in enumerate(new):
-                self._states[keys[b]] = (states[n], None if pooled is None else pooled[n])
+        if len(self._states) > 4096:
+            self._states.clear()
+        for b, key in enumerate(keys):
+            if key not in self._states:
+                states, pooled = self.built.encode_text([i[b : b + 1] for i in ids])
+                self._states[key] = (states[0], None if pooled is None else pooled[0])
         found = [self._states[key] for key in keys]
         pooled_rows = [p for _, p in found if p is not None]
         return torch.stack([s for s, _ in found]), torch.stack(pooled_rows) if pooled_rows else None

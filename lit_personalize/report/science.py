@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from lit_personalize.atomic import write_text
 from lit_personalize.backbones.fingerprint import fingerprint_of
@@ -69,7 +70,7 @@ def cell_id(method: str, subject: str, seed: int, fingerprint: str) -> str:
     from lit_personalize.recipe_files import RECIPES
 
     entry = METHODS[method]
-    recipe = (RECIPES / f"{entry.recipe}.yaml").read_text(encoding="utf-8")
+    recipe = yaml.safe_load((RECIPES / f"{entry.recipe}.yaml").read_text(encoding="utf-8"))  # comments change nothing
     text = json.dumps([recipe, entry.regularization, entry.changes, fingerprint, subject, seed])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -107,7 +108,7 @@ def run_cell(method: str, name: str, seed: int, weights: Path, steps: int | None
             given = f'[{{shards: "{work / "reg" / "00000.tar"}"}}]'
             arguments += ["--data.init_args.regularization", given]
         elif entry.regularization == "generated":
-            given = f'[{{generate: 100, prompt: "photo of a {noun}", cache: {work / "generated"}}}]'
+            given = f'[{{generate: 200, prompt: "photo of a {noun}", cache: {work / "generated"}}}]'
             arguments += ["--data.init_args.regularization", given]
         if steps is not None:
             arguments += ["--trainer.max_steps", str(steps)]

@@ -101,7 +101,7 @@ def test_a_refused_start_leaves_the_run_as_it_was(
 
 
 def test_a_start_that_goes_on_is_the_new_configuration(run: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert main(FIT) == 0
+    assert main([*FIT, "--model.init_args.optimizer.init_args.lr", "0.005"]) == 0
     caplog.clear()
     changed = ["--model.init_args.snr_gamma", "5.0", "--model.init_args.timesteps", "[0, 500]",
                "--model.init_args.optimizer.init_args.lr", "0.5", "--trainer.max_steps", "5"]  # fmt: skip
