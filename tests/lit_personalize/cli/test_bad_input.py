@@ -104,7 +104,7 @@ def test_a_wrong_option_on_the_command_line(
         ("class_noun: cat", "class_nuon: cat", ["unknown key 'class_nuon'", "did you mean 'class_noun'?"]),
         ("path: photos, ", "", ["data.concepts lacks path"]),
         ("name: run\n", "", ["the configuration lacks name"]),
-        ("name: run\n", "name: [run\n", ["run.yaml is not YAML", "line 3"]),
+        ("name: run\n", "name: [run\n", ["run.yaml is not YAML: line "]),
     ],
 )
 def test_a_wrong_key_in_the_file(workplace: Path, refused: Refused, old: str, new: str, parts: list[str]) -> None:
