@@ -40,7 +40,7 @@ def refuse_missing_prior(objective: Denoising, roles: set[int]) -> None:
     if isinstance(objective, PriorPreservation) and objective.prior_weight and roles <= {Role.INSTANCE}:
         raise UsageError(
             "PriorPreservation has no prior pictures: give data.regularization a set, for example "
-            "[{generate: 100, prompt: photo of a CLASS}], or set model.prior_weight: 0 to train without one"
+            "[{generate: 200, prompt: photo of a CLASS}], or set model.init_args.prior_weight: 0 to train without one"
         )
 
 

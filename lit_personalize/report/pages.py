@@ -43,18 +43,18 @@ class Order:
     lower: bool = False
 
 
-TABLE_1, TABLE_3 = "table 1", "ablation table"
+TABLE_1, ABLATION = "table 1", "ablation"
 ORDERS = (
     Order("CLIP-T normalised", "Custom Diffusion", "Textual Inversion", f"{TABLE_1}: 0.795, 0.670"),
     Order("CLIP-T normalised", "Custom Diffusion", "DreamBooth-LoRA", f"{TABLE_1}: 0.795, 0.781 (full fine-tuning)"),
     Order("CLIP-I", "Textual Inversion", "Custom Diffusion", f"{TABLE_1}: 0.827, 0.775"),
     Order("KID x 1000, class prompt", "Custom Diffusion", "DreamBooth-LoRA", f"{TABLE_1}: 20.96, 32.53", True),
     Order("KID x 1000, class prompt", "Custom Diffusion", "Custom Diffusion, no regularization",
-          f"{TABLE_3}: 20.96, 32.64", True),
+          f"{ABLATION}: 20.96, 32.64", True),
     Order("KID x 1000, class prompt", "Custom Diffusion", "Custom Diffusion, generated set",
-          f"{TABLE_3}: 20.96, 34.70", True),
-    Order("CLIP-I", "Custom Diffusion", "Custom Diffusion, no regularization", f"{TABLE_3}: 0.775, 0.756"),
-    Order("CLIP-I", "Custom Diffusion", "Custom Diffusion, no augmentation", f"{TABLE_3}: 0.775, 0.736"),
+          f"{ABLATION}: 20.96, 34.70", True),
+    Order("CLIP-I", "Custom Diffusion", "Custom Diffusion, no regularization", f"{ABLATION}: 0.775, 0.756"),
+    Order("CLIP-I", "Custom Diffusion", "Custom Diffusion, no augmentation", f"{ABLATION}: 0.775, 0.736"),
 )  # fmt: skip
 
 

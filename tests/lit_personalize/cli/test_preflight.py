@@ -69,7 +69,7 @@ def test_prior_preservation_wants_prior_pictures(place: Path, capsys: pytest.Cap
     without = [*FIT, "--data.init_args.regularization", "null"]
     assert main(without) == 2
     message = capsys.readouterr().err
-    assert "data.regularization" in message and "model.prior_weight: 0" in message
+    assert "data.regularization" in message and "model.init_args.prior_weight: 0" in message
     assert main([*without, "--model.init_args.prior_weight", "0"]) == 0
 
 

@@ -18,7 +18,7 @@ from lit_personalize.backbones.tiny import write_tiny_clip
 from lit_personalize.errors import DataError, UsageError
 from lit_personalize.metrics import alignment
 from lit_personalize.metrics.evaluation import TEXT_MEASURES, Figure, evaluate
-from lit_personalize.metrics.features import Clip, Dino
+from lit_personalize.metrics.features import Clip, Dino, clip_directory
 from lit_personalize.metrics.kernel_distance import KERNELS, mmd2
 from lit_personalize.metrics.suites import customconcept101, dreambooth
 from lit_personalize.sampling.sampler import SamplingOptions, generate
@@ -214,6 +214,17 @@ def test_features_do_not_depend_on_the_batch(metric_models: tuple[Path, Path]) -
 def test_missing_metric_models_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="CLIP directory .* has no config.json"):
         Clip(tmp_path)
+
+
+def test_which_clip_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_personalize.tinyworld.build.committed_weights", lambda: tmp_path)
+    assert clip_directory("here", "tinyworld") == Path("here")
+    with pytest.raises(UsageError, match="no embedded CLIP"):
+        clip_directory(None, "tinyworld")
+    (tmp_path / "clip").mkdir()
+    assert clip_directory(None, "tinyworld") == tmp_path / "clip"
+    with pytest.raises(UsageError, match="no CLIP to judge"):
+        clip_directory("", "sd15")
 
 
 def test_dreambooth_suite_is_read_in_its_published_layout(tmp_path: Path) -> None:
