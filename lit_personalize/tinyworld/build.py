@@ -107,7 +107,7 @@ def build(
         encode_pictures(vae, pictures.pixels), pictures.scenes, vae.config.scaling_factor, tokenizer, state,
         steps=options.base_steps, batch=options.batch, seconds=seconds["base"], seed=options.seed, start=start, log=log,
     )  # fmt: skip
-    save_pipeline(out / "base", unet, text_encoder, vae, tokenizer)
+    save_pipeline(out / "base", unet, text_encoder, vae)
     card = write_card(out, log=log)
     log(json.dumps(card, indent=2))
     return out

@@ -1,6 +1,8 @@
 """The caption grammar: a sentence for every scene, with synonyms drawn at random or left out.
 
 `caption(scene)` without a generator gives the plain form ("a red circle on a blue background").
+With one, a colour or a list of parts is left unsaid now and then, so that class prompts
+("a photo of a critter", "a circle on the beach") are sentences that the base knows.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from lit_personalize.tinyworld.scene import Scene, Thing
 OPENINGS = ("a photo of", "a picture of", "an image of", "a rendering of", "photo of", "the picture of")
 STYLE_PHRASES = ("in {} style", "in the style of {}")
 BACKGROUND_PHRASES = ("on a {} background", "in front of a {} background", "with a {} backdrop")
+UNSAID_SHARE = 0.1  # of captions without the subject's colour, and of those without its parts
 TEXTURE_PHRASES: dict[str, str] = {
     "striped": "with stripes", "dotted": "with dots", "checkered": "with checks",
     "zigzag": "with zigzags", "framed": "with a frame", "halved": "in two halves",
@@ -28,6 +31,10 @@ def _word(name: str, synonyms: dict[str, tuple[str, ...]], rng: np.random.Genera
     if rng is None or not others or rng.random() < 0.75:
         return name
     return others[int(rng.integers(len(others)))]
+
+
+def _unsaid(rng: np.random.Generator | None) -> bool:
+    return rng is not None and rng.random() < UNSAID_SHARE
 
 
 def _pick(rng: np.random.Generator | None, options: tuple[str, ...]) -> str:
@@ -47,7 +54,8 @@ def thing_phrase(thing: Thing, rng: np.random.Generator | None = None) -> str:
     words, tail = [], ""
     if thing.size != "medium" and (rng is None or rng.random() < 0.8):
         words.append(_word(thing.size, v.SIZE_SYNONYMS, rng))
-    words.append(_word(thing.color, v.COLOR_SYNONYMS, rng))
+    if not _unsaid(rng):
+        words.append(_word(thing.color, v.COLOR_SYNONYMS, rng))
     if thing.texture != "flat":
         if rng is None or rng.random() < 0.7:
             words.append(_word(thing.texture, v.TEXTURE_SYNONYMS, rng))
@@ -72,11 +80,14 @@ def subject_phrase(scene: Scene, rng: np.random.Generator | None = None) -> str:
         board = with_article(f"{_word(scene.color, v.COLOR_SYNONYMS, rng)} {_pick(rng, v.SIGN_WORDS)}")
         return f"{board} with the letter{'s' if len(scene.text) > 1 else ''} {' '.join(scene.text.lower())}"
     color = _word(scene.color, v.COLOR_SYNONYMS, rng)
+    bare = _unsaid(rng)
     if scene.kind == "critter":
-        phrase, table = with_article(f"{color} {_pick(rng, v.CRITTER_WORDS)}"), v.CRITTER_ATTRIBUTES
+        noun, table = _pick(rng, v.CRITTER_WORDS), v.CRITTER_ATTRIBUTES
+        phrase = with_article(noun if bare else f"{color} {noun}")
     else:
-        phrase, table = f"a {_pick(rng, v.PERSON_WORDS)} in {color} clothes", v.PERSON_ATTRIBUTES
-    if not scene.attributes:
+        noun, table = _pick(rng, v.PERSON_WORDS), v.PERSON_ATTRIBUTES
+        phrase = with_article(noun if bare else f"{noun} in {color} clothes")
+    if not scene.attributes or _unsaid(rng):
         return phrase
     return f"{phrase} with {list_phrase([table[a] for a in scene.attributes])}"
 

@@ -20,13 +20,15 @@ from lit_personalize.backbones.noise import NoiseSchedule
 from lit_personalize.tinyworld.autoencoder import LATENT_CHANNELS
 from lit_personalize.tinyworld.captions import caption
 from lit_personalize.tinyworld.scene import Scene
+from lit_personalize.tinyworld.tokenizer import build_tokenizer
 from lit_personalize.tinyworld.training import Log, Stage, run_stage
 
 TEXT_WIDTH = 128
 CAPTION_DROPOUT = 0.1
 UNIFORM_SHARE = 0.25  # of the timesteps; the others follow a logit-normal
 LOGIT_MEAN, LOGIT_STD = 0.5, 1.0
-OBJECT_SHARE = 0.5  # of each batch, drawn from single objects alone: shapes take longest to learn
+# Shapes take longest to learn, small ones longest of all: shares of each batch drawn from these alone.
+OBJECT_SHARE, SMALL_SHARE = 0.3, 0.2
 
 
 def new_scheduler() -> DDIMScheduler:
@@ -99,13 +101,16 @@ def train_diffusion(
     schedule = NoiseSchedule.of_scheduler(new_scheduler())
     mean, std = latents
     objects = np.flatnonzero([scene.kind == "object" for scene in scenes])
+    small = np.array([i for i in objects if scenes[i].things[0].size == "small"], dtype=int)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng([seed, 2, step])
         rows = rng.integers(len(scenes), size=batch)
-        if len(objects):
-            extra = round(OBJECT_SHARE * batch)
-            rows[:extra] = objects[rng.integers(len(objects), size=extra)]
+        done = 0
+        for pool, share in ((objects, OBJECT_SHARE), (small, SMALL_SHARE)):
+            extra = round(share * batch) if len(pool) else 0
+            rows[done : done + extra] = pool[rng.integers(max(1, len(pool)), size=extra)]
+            done += extra
         picks = torch.from_numpy(rows)
         captions = ["" if rng.random() < CAPTION_DROPOUT else caption(scenes[int(i)], rng) for i in picks]
         ids = tokenizer(captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
@@ -126,7 +131,7 @@ def train_diffusion(
 
 
 def save_pipeline(
-    folder: Path, unet: nn.Module, text_encoder: nn.Module, vae: AutoencoderKL, tokenizer: Any, half: bool = True
+    folder: Path, unet: nn.Module, text_encoder: nn.Module, vae: AutoencoderKL, half: bool = True
 ) -> None:
     """Write a stock Stable Diffusion directory, weights in fp16 safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +144,7 @@ def save_pipeline(
         if "dtype" in kept:  # else transformers would load fp16 where diffusers loads fp32
             kept["dtype"] = "float32"
         config.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-    tokenizer.save_pretrained(folder / "tokenizer")
+    build_tokenizer(folder / "tokenizer")  # with the files of older clients, which save_pretrained leaves out
     new_scheduler().save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.42.0",

@@ -91,7 +91,7 @@ def test_from_pictures_to_a_stock_pipeline(tmp_path: Path) -> None:
     latents = encode_pictures(vae, pictures.pixels)
     parts = train_diffusion(latents, pictures.scenes, vae.config.scaling_factor, tokenizer, tmp_path, steps=4, batch=4,
                             log=_quiet)  # fmt: skip
-    save_pipeline(tmp_path / "base", *parts, vae, tokenizer)
+    save_pipeline(tmp_path / "base", *parts, vae)
     base = load_base(tmp_path / "base")
     picture = generate(base, ["a red circle"], [0], options=SamplingOptions(steps=2))
     assert picture.shape == (1, 64, 64, 3)
