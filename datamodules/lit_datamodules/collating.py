@@ -1,0 +1,104 @@
+"""From drawn views to the mapping of a batch: ids, masks and sizes beside pixels or cached posteriors.
+
+The mapping has the field names of the trainer's `Batch`; `B` samples, instances first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_datamodules.concept_folder import Sample
+from lit_datamodules.latent_cache import LatentCache
+from lit_datamodules.order import INSTANCE, Slot
+from lit_datamodules.protocols import TextEncoder
+from lit_datamodules.training_view import Geometry, Shot, decide, mask_of, pixels_of, still
+
+MOST_CAPTIONS = 4096  # whose ids are kept; personalization repeats few of them
+Drawn = tuple[Slot, Shot, Tensor | None]
+"""A slot, the view that stands there, and its pixels where no posterior is kept."""
+
+
+def draw(samples: Sequence[Sample], geometry: Geometry, with_pixels: bool, slot: Slot) -> Drawn:
+    """Make the view of one slot; a pure function, for worker processes."""
+    sample = samples[slot.sample]
+    shot = decide(sample, slot, geometry)
+    return slot, shot, torch.from_numpy(pixels_of(sample, shot)) if with_pixels else None
+
+
+class Collator:
+    """Puts the views of a step together.
+
+    Args:
+        samples: All of the training; those of a batch carry masks if any of these needs one.
+        geometry: Of the views.
+        text: Gives ids.
+        time_ids: Whether batches carry SDXL's size conditioning.
+        cache: Posteriors to deliver instead of pixels.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        geometry: Geometry,
+        text: TextEncoder,
+        time_ids: bool = False,
+        cache: LatentCache | None = None,
+    ):
+        self.samples = samples
+        self.geometry = geometry
+        self.text = text
+        self.time_ids = time_ids
+        self.cache = cache
+        self.masked = geometry.augmentation != "none" or any(s.alpha is not None for s in samples)
+        self._ids: dict[str, tuple[Tensor, ...]] = {}
+
+    def __call__(self, drawn: Sequence[Drawn]) -> dict[str, Any]:
+        """Make the batch of a training step."""
+        batch = self._described([self.samples[slot.sample] for slot, _, _ in drawn], [shot for _, shot, _ in drawn])
+        batch["position"] = torch.tensor([slot.position for slot, _, _ in drawn])
+        if self.cache is not None:
+            keys = [(slot.sample, shot.view.flip) for slot, shot, _ in drawn]
+            batch["latent_mean"], batch["latent_std"] = self.cache.batch(keys)
+        else:
+            batch["pixels"] = torch.stack([pixels for _, _, pixels in drawn if pixels is not None])
+        return batch
+
+    def still_batches(self, samples: Sequence[Sample], size: int) -> Iterator[dict[str, Any]]:
+        """Yield the unchanging views of other samples in batches of `size`, for validation."""
+        for start in range(0, len(samples), size):
+            part = samples[start : start + size]
+            shots = [still(sample, self.geometry) for sample in part]
+            batch = self._described(part, shots)
+            batch["position"] = torch.arange(start, start + len(part))
+            views = [torch.from_numpy(pixels_of(s, shot)) for s, shot in zip(part, shots, strict=True)]
+            batch["pixels"] = torch.stack(views)
+            yield batch
+
+    def _described(self, samples: Sequence[Sample], shots: Sequence[Shot]) -> dict[str, Any]:
+        captions = [shot.caption for shot in shots]
+        batch: dict[str, Any] = {
+            "role": torch.tensor([s.role for s in samples]),
+            "concept": torch.tensor([s.concept if s.role == INSTANCE else -1 for s in samples]),
+            "sample_id": [s.name for s in samples],
+            "captions": captions,
+            "input_ids": self.tokenize(captions),
+        }
+        if self.masked:
+            pairs = zip(samples, shots, strict=True)
+            downscale = self.geometry.downscale
+            batch["mask"] = torch.stack([torch.from_numpy(mask_of(s, shot, downscale)) for s, shot in pairs])
+        if self.time_ids:
+            batch["time_ids"] = torch.tensor([shot.time_ids for shot in shots], dtype=torch.float32)
+        return batch
+
+    def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
+        """Ids of captions, int64 `[B, S]` per tokenizer; each caption is tokenized once."""
+        if len(self._ids) > MOST_CAPTIONS:
+            self._ids.clear()
+        if new := [caption for caption in dict.fromkeys(captions) if caption not in self._ids]:
+            self._ids.update(zip(new, zip(*self.text.tokenize(new), strict=True), strict=True))
+        return tuple(torch.stack(rows) for rows in zip(*(self._ids[caption] for caption in captions), strict=True))

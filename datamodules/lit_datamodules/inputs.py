@@ -1,0 +1,128 @@
+"""What a configuration reads: samples of concepts and regularization sets, the fate of every file, their identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lit_datamodules import manifest, regularization
+from lit_datamodules.concept_folder import Concept, FolderContents, Sample, read_concept
+from lit_datamodules.errors import DataError
+from lit_datamodules.order import INSTANCE, PRIOR
+from lit_datamodules.protocols import Generator
+from lit_datamodules.regularization import Regularization
+from lit_datamodules.resize_augmentation import crop_box
+from lit_datamodules.training_view import Geometry
+
+log = logging.getLogger(__name__)
+
+LARGEST_ZOOM = 1.4
+
+
+class Inputs:
+    """Everything that is read before training begins.
+
+    Args:
+        geometry: Of the views; the manifest notes what it crops.
+        flip: Share of mirrored instance views where a concept names none.
+        seed: Of the choices among files.
+    """
+
+    def __init__(self, geometry: Geometry, flip: float = 0.0, seed: int = 0):
+        self.geometry = geometry
+        self.flip = flip
+        self.seed = seed
+        self.records: list[manifest.Record] = []
+        """The fate of every input file; also of a reading that fails."""
+        self.samples: list[Sample] = []
+        self.held_out: list[Sample] = []
+        # Twice the largest view, so that shrinking first costs no visible detail.
+        self._longest = round(2 * LARGEST_ZOOM * geometry.size)
+
+    def read_concept(self, index: int, concept: Concept) -> None:
+        """Read the folder of a concept."""
+        self._take(read_concept(index, concept, self.flip, self._longest, self.seed))
+
+    def read_set(self, index: int, options: Regularization, generator: Generator | None, identity: str) -> None:
+        """Read a regularization set, drawn by `generator` where it is a generated one that is not there yet."""
+        self._take(regularization.read_set(index, options, self._longest, generator, identity))
+
+    def _take(self, contents: FolderContents) -> None:
+        shown = {s.name: s for s in [*contents.samples, *contents.held_out]}
+        for record in contents.records:
+            sample = shown.get(record.path)
+            self.records.append(record if sample is None else _with_crop(record, sample, self.geometry))
+        self.samples += contents.samples
+        self.held_out += contents.held_out
+
+    def check(
+        self, concepts: Sequence[Concept], sets: Sequence[Regularization], strict: bool, max_skipped: int
+    ) -> None:
+        """Refuse what cannot be trained on.
+
+        Raises:
+            DataError: More unusable inputs than are allowed, or a concept or set of which nothing is left.
+        """
+        manifest.check_skipped(self.records, strict, max_skipped)
+        for index, concept in enumerate(concepts):
+            if not any(s.role == INSTANCE and s.concept == index for s in self.samples):
+                raise DataError(f"no picture of {concept.path} can be used; see the reasons in the manifest")
+        for index, options in enumerate(sets):
+            if not any(s.role == PRIOR and s.concept == index for s in self.samples):
+                raise DataError(f"no picture of the regularization set {options.shards or options.folder} can be used")
+
+
+def pools(samples: Sequence[Sample], role: int, repeats: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Numbers of the samples of each concept, or each set, every one as often as its entry of `repeats` says."""
+    return tuple(
+        tuple(i for i, s in enumerate(samples) if (s.role, s.concept) == (role, pool) for _ in range(times))
+        for pool, times in enumerate(repeats)
+    )
+
+
+def dataset_hash(samples: Sequence[Sample]) -> str:
+    """Hash of the pictures and captions that train, wherever they lie."""
+    used = [(s.role, s.concept, Path(s.name).name, s.captions, s.record and s.record.sha256) for s in samples]
+    return hashlib.sha256(json.dumps(used).encode()).hexdigest()
+
+
+def files_of(samples: Sequence[Sample]) -> dict[str, str]:
+    """Hash of every file that trains, by its concept or set and its name."""
+    return {f"{_place(s)}/{Path(s.name).name}": s.record.sha256 if s.record else "" for s in samples}
+
+
+def compare(state: Mapping[str, Any], samples: Sequence[Sample], options: Mapping[str, Any]) -> None:
+    """Compare with what a checkpoint noted; options that differ are warned of.
+
+    Raises:
+        DataError: Pictures or captions changed; it names some of them.
+    """
+    if state["dataset"] != dataset_hash(samples):
+        before, now = state["files"], files_of(samples)
+        changed = sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n))
+        what = ", ".join(changed[:5]) if changed else "captions or the order of files"
+        raise DataError(
+            f"the training data changed since the checkpoint was written ({what}); "
+            "restore it, or start a run of another name"
+        )
+    for name, value in state["options"].items():
+        if value != options[name]:
+            log.warning(
+                "data.%s was %r when the checkpoint was written and is %r now: the run goes on, "
+                "but is not the one that it would have been", name, value, options[name],
+            )  # fmt: skip
+
+
+def _place(sample: Sample) -> str:
+    return f"concept {sample.concept}" if sample.role == INSTANCE else f"regularization {sample.concept}"
+
+
+def _with_crop(record: manifest.Record, sample: Sample, geometry: Geometry) -> manifest.Record:
+    """Note what is cut out of the upright file, in its own pixels."""
+    box = None if geometry.crop == "random" else crop_box(*sample.original, geometry.crop)
+    return replace(record, crop=box, resize=geometry.size)
