@@ -45,6 +45,11 @@ class Conditioning:
         joined = [torch.cat([a, b]) if a is not None and b is not None else None for a, b in pairs]
         return Conditioning(torch.cat([self.states, other.states]), *joined)
 
+    def zeroed(self, rows: Tensor) -> Conditioning:
+        """Zeros in place of the text states and pooled states of the samples that are set in `rows`, bool `[B]`."""
+        pooled = None if self.pooled is None else self.pooled.masked_fill(rows[:, None], 0)
+        return Conditioning(self.states.masked_fill(rows[:, None, None], 0), pooled, self.time_ids)
+
 
 class Base(nn.Module):
     """Base class of the families. Build with `lit_personalize.backbones.loading.load_base`."""
@@ -74,7 +79,7 @@ class Base(nn.Module):
         self.source = source
         self.config = config
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
-        """Whether an empty negative prompt stands for zeros instead of the empty prompt's states."""
+        """Whether an empty negative prompt and a dropped caption stand for zeros, not for the empty prompt's states."""
         self.requires_grad_(False)
         self.eval()
         self.processors: dict[str, AttentionProcessor] = install(unet)

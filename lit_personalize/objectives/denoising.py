@@ -51,7 +51,8 @@ class Denoising(pl.LightningModule):
         lr_scheduler: Takes the optimizer; steps every optimizer step.
         snr_gamma: γ of min-SNR weighting (Hang et al., 2023); None is off.
         noise_offset: k of ε + k·n with one n per sample and channel.
-        caption_dropout: Share of samples whose caption is replaced by the empty one.
+        caption_dropout: Share of samples whose caption is replaced by what the sampler's unconditional branch is told:
+            the empty caption, or zeros where the base says so (SDXL's `force_zeros_for_empty_prompt`).
         timesteps: Range [low, high) from which t is drawn; None is all.
         seed: Of every random draw of this objective.
         dtype: Of the frozen UNet and text encoders; trained parameters are always fp32.
@@ -191,15 +192,18 @@ class Denoising(pl.LightningModule):
         if batch.text_states is not None:
             return Conditioning(batch.text_states, batch.pooled, time_ids)
         ids = cast(tuple[Tensor, ...], batch.input_ids)
+        drop: Tensor | None = None
         if self.caption_dropout:
             draws = randomness.uniform(self.seed, "caption-dropout", step, self._positions(batch)).to(batch.device)
-            drop = (draws < self.caption_dropout)[:, None]
-            ids = tuple(torch.where(drop, e.to(batch.device), i) for e, i in zip(base.tokenize([""]), ids, strict=True))
+            drop = draws < self.caption_dropout
+            blank = [empty.to(batch.device) for empty in base.tokenize([""])]
+            ids = tuple(torch.where(drop[:, None], e, i) for e, i in zip(blank, ids, strict=True))
         if self.trains_text:
             states, pooled = base.encode_text(ids)
         else:
             states, pooled = self._cached_states(ids)
-        return Conditioning(states, pooled, time_ids)
+        told = Conditioning(states, pooled, time_ids)
+        return told.zeroed(drop) if drop is not None and base.force_zeros_for_empty_prompt else told
 
     @torch.no_grad()
     def _cached_states(self, ids: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

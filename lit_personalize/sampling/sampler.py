@@ -115,8 +115,7 @@ def _unconditional(base: Base, negative: str, conditioning: Conditioning) -> Con
     """What the unconditional branch is told, one row for each of `conditioning`."""
     if negative or not base.force_zeros_for_empty_prompt:
         return _repeat(base.condition([negative]), len(conditioning))
-    pooled = None if conditioning.pooled is None else torch.zeros_like(conditioning.pooled)
-    return Conditioning(torch.zeros_like(conditioning.states), pooled, conditioning.time_ids)
+    return conditioning.zeroed(torch.ones(len(conditioning), dtype=torch.bool, device=conditioning.states.device))
 
 
 def _repeat(c: Conditioning, n: int) -> Conditioning:

@@ -16,6 +16,7 @@ from lit_personalize.batch import Batch
 from lit_personalize.errors import DataError, UsageError
 from lit_personalize.objectives.denoising import Denoising, masked_mean
 from lit_personalize.objectives.prior_preservation import PriorPreservation
+from lit_personalize.sampling.sampler import _unconditional
 
 MakeBatch = Callable[..., Batch]
 
@@ -159,6 +160,30 @@ def test_caption_dropout_uses_the_empty_caption(tiny_bases: dict[str, Path], mak
     batch = make_batch(objective.built, ["a photo of a cat"])
     empty = objective.built.condition([""]).states
     torch.testing.assert_close(objective.conditioning(batch, 0).states, empty)
+
+
+@pytest.mark.parametrize("trains_text", [True, False])
+@pytest.mark.parametrize("zeros", [True, False])
+def test_a_dropped_caption_of_sdxl_is_what_sampling_takes_for_none(
+    tiny_bases: dict[str, Path], make_batch: MakeBatch, zeros: bool, trains_text: bool
+) -> None:
+    adapters: list[Adapter] = [TokenEmbedding("<new1>", "cat")] if trains_text else [LoRA(rank=1)]
+    objective = _built(Denoising, tiny_bases["sdxl"], adapters, caption_dropout=0.5)
+    base = objective.built
+    base.force_zeros_for_empty_prompt = zeros
+    captions = [f"a photo of a {word}" for word in ("cat", "dog", "toy", "beach") * 2]
+    told = objective.conditioning(make_batch(base, captions), 0)
+    own = base.condition(captions)
+    none = _unconditional(base, "", own)
+    assert bool(none.states.any()) != zeros and told.pooled is not None
+    whose = [(torch.dist(told.states[i], c.states[i]) < 1e-4).item() for c in (own, none) for i in range(8)]
+    kept, dropped = whose[:8], whose[8:]
+    assert any(kept) and any(dropped) and kept == [not drop for drop in dropped]
+    for i, drop in enumerate(dropped):
+        expected = none if drop else own
+        torch.testing.assert_close(told.states[i], expected.states[i])
+        torch.testing.assert_close(told.pooled[i], expected.pooled[i])  # type: ignore[index]
+    assert told.time_ids is not None and bool(told.time_ids.any())
 
 
 def test_parameter_groups_carry_their_own_rates(tiny_bases: dict[str, Path]) -> None:
