@@ -1,8 +1,8 @@
 """From YAML files and dotted overrides to one checked configuration.
 
 LightningCLI's own parser and file shape (`model`, `data`, `trainer` with `class_path` and
-`init_args`), plus the keys of a run. Later files win over earlier ones, the command line over files;
-an unknown key or a wrong type is one clear `UsageError`.
+`init_args`), plus the keys of a run. Later files win over earlier ones, the command line over files: mappings
+are merged, lists are replaced. An unknown key or a wrong type is one clear `UsageError`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from lit_personalize.adapters.key_value_delta import KeyValueDelta
 from lit_personalize.adapters.lora import LoRA
 from lit_personalize.adapters.token_embedding import TokenEmbedding
 from lit_personalize.errors import UsageError
+from lit_personalize.list_replacement import replace_lists
 from lit_personalize.objectives.denoising import Denoising
 from lit_personalize.objectives.prior_preservation import PriorPreservation
 from lit_personalize.recipe_files import RECIPES, names
@@ -86,12 +87,15 @@ def recipe_path(name: str) -> Path:
     raise UsageError(f"no configuration file or recipe {name!r}; {hint}")
 
 
+CONFIG_HELP = "YAML file or recipe name; may be repeated: later ones win, mappings are merged, lists are replaced whole"
+
+
 def build_parser() -> LightningArgumentParser:
     """The parser of `litp fit`."""
     for entry in DATA_CLASSES:
         importlib.import_module(entry.partition(":")[0])
     parser = LightningArgumentParser(prog="litp fit", exit_on_error=False, description="Train adapters on a base.")
-    parser.add_argument("-c", "--config", action="config", help="YAML file or recipe name; may be repeated")
+    parser.add_argument("-c", "--config", action="config", help=CONFIG_HELP)
     parser.add_argument("--name", type=str, required=True, help="name of the run; its directory is <root>/<name>")
     parser.add_argument("--root", type=str, default="runs", help="folder of run directories")
     parser.add_argument("--resume", type=Literal["auto", "never", "must"], default="auto", help="continue a run")
@@ -123,7 +127,7 @@ def parse(arguments: Sequence[str]) -> tuple[LightningArgumentParser, Namespace]
     """
     parser = build_parser()
     try:
-        return parser, parser.parse_args(_with_paths(arguments))
+        return parser, parser.parse_args(replace_lists(_with_paths(arguments)))
     except (ArgumentError, TypeError, ValueError) as error:
         raise UsageError(explain(str(error))) from error
 

@@ -1,0 +1,64 @@
+"""Lists of a later configuration replace those of an earlier one whole.
+
+The parser merges mappings key by key, and so it does with the entries of two lists of the same length: a concept would
+take the `class_noun` of the concept that stood at its place before. Emptying a list before it is given again ends that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CONFIG = ("-c", "--config")
+
+
+def replace_lists(arguments: Sequence[str]) -> list[str]:
+    """Insert `--KEY=[]` before each argument or `-c` file that gives a list of mappings which an earlier one gave.
+
+    Args:
+        arguments: Of the command line, with readable YAML files behind -c. `--KEY+` still appends.
+    """
+    out: list[str] = []
+    given: set[str] = set()
+    for flag, value, tokens in _options(arguments):
+        prefix, text = ("", Path(value).read_text(encoding="utf-8")) if flag in CONFIG else (flag.lstrip("-"), value)
+        for key in _lists_of_mappings(_loaded(text), prefix):
+            name = key.replace(".init_args", "")
+            if name in given:
+                out.append(f"--{key}=[]")
+            given.add(name)
+        out += tokens
+    return out
+
+
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str, list[str]]]:
+    """Yield flag, value and tokens of every option; what stands alone has an empty value."""
+    left = list(arguments)
+    while left:
+        token = left.pop(0)
+        flag, equals, value = token.partition("=")
+        if equals or not token.startswith("-"):
+            yield flag, value, [token]
+        elif left and (not left[0].startswith("-") or left[0].startswith("- ")):
+            value = left.pop(0)
+            yield flag, value, [token, value]
+        else:
+            yield flag, "", [token]
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:  # a plain string such as "a: b: c", which the parser takes or refuses as it is
+        return None
+
+
+def _lists_of_mappings(value: Any, key: str) -> Iterator[str]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _lists_of_mappings(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list) and key and not key.endswith("+") and any(isinstance(item, dict) for item in value):
+        yield key

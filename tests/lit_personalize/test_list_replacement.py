@@ -1,0 +1,71 @@
+"""A list of a later file or of the command line replaces the one before it; mappings are merged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lit_personalize.configuration import parse
+from lit_personalize.list_replacement import replace_lists
+
+CATS = "[{path: cats, class_noun: cat, token: <new1>, repeats: 3}]"
+FIRST = """\
+name: run
+model:
+  init_args:
+    adapters: [{class_path: LoRA, init_args: {rank: 7, alpha: 3}}]
+data:
+  init_args:
+    concepts: CATS
+    regularization: [{folder: cats, prompt: a cat, per_batch: 2}]
+"""
+SECOND = """\
+model: {init_args: {adapters: [{class_path: LoRA, init_args: {alpha: 4}}], seed: 5}}
+data: {init_args: {concepts: [{path: pots}], regularization: [{folder: pots}]}}
+"""
+
+
+@pytest.fixture
+def first(tmp_path: Path) -> str:
+    (tmp_path / "first.yaml").write_text(FIRST.replace("CATS", CATS))
+    return str(tmp_path / "first.yaml")
+
+
+def _concepts(*arguments: str) -> list[tuple[str, str, str | None, int]]:
+    _, config = parse(["-c", "lora/tinyworld", *arguments])
+    return [(c.path, c.class_noun, c.token, c.repeats) for c in config.data.init_args.concepts]
+
+
+def test_a_later_file_replaces_lists_and_merges_mappings(first: str, tmp_path: Path) -> None:
+    (tmp_path / "second.yaml").write_text(SECOND)
+    assert _concepts("-c", first) == [("cats", "cat", "<new1>", 3)]
+    _, config = parse(["-c", "lora/tinyworld", "-c", first, "-c", str(tmp_path / "second.yaml")])
+    (concept,) = config.data.init_args.concepts
+    assert (concept.path, concept.class_noun, concept.token, concept.repeats) == ("pots", "", None, 1)
+    (adapter,) = config.model.init_args.adapters
+    assert adapter.init_args.alpha == 4 and adapter.init_args.rank != 7
+    (reg,) = config.data.init_args.regularization
+    assert (reg.folder, reg.per_batch) == ("pots", None) and "cat" not in reg.prompt
+    assert config.name == "run" and config.model.init_args.seed == 5
+
+
+@pytest.mark.parametrize("key", ["--data.init_args.concepts", "--data.concepts"])
+@pytest.mark.parametrize("joined", [True, False])
+def test_the_command_line_replaces_a_list(first: str, key: str, joined: bool) -> None:
+    value = "[{path: pots}]"
+    given = [f"{key}={value}"] if joined else [key, value]
+    assert _concepts("-c", first, *given) == [("pots", "", None, 1)]
+    assert _concepts("-c", first, *given, key, CATS) == [("cats", "cat", "<new1>", 3)]
+
+
+def test_a_plus_still_appends(first: str) -> None:
+    added = _concepts("-c", first, "--data.init_args.concepts+", "[{path: pots}]")
+    assert added == [("cats", "cat", "<new1>", 3), ("pots", "", None, 1)]
+
+
+def test_nothing_is_inserted_for_what_is_given_once(first: str) -> None:
+    given = ["-c", first, "--sampling.prompts", "[a: b]", "--resume", "must", "--name", "a: b: c", "--ema=0.9"]
+    assert replace_lists(given) == given
+    again = replace_lists([*given, "--data", "{init_args: {concepts: [{path: pots}]}}"])
+    assert again == [*given, "--data.init_args.concepts=[]", "--data", "{init_args: {concepts: [{path: pots}]}}"]
