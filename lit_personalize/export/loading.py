@@ -84,7 +84,9 @@ def read_adapter(paths: Path | Iterable[Path], base: Base, force: bool = False) 
         if made_for != base.fingerprint and not force:
             raise DataError(
                 f"{path} was trained on base {metadata.get('litp.base', '?')} ({made_for}), this is {base.source} "
-                f"({base.fingerprint}); give that base, or force it"
+                f"({base.fingerprint}); give that base. A copy of it in another precision (fp16 instead of fp32) or "
+                "layout (one file instead of a directory) has another fingerprint, too: where this is one, add --force "
+                "(in Python force=True)"
             )
         weights = weights.merge(parse(tensors, metadata, base, path))
     known = {step: path for step, path in steps.items() if step}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lit_personalize import checkpoints
 from lit_personalize.adapters.lora import LoRA
@@ -172,11 +173,23 @@ def test_an_adapter_for_another_base(
 ) -> None:
     given = ["sample", "a cat", "--base", str(tiny_bases["sd1"]), "--steps", "1", "--adapter"]
     file = sdxl_adapter / "pytorch_lora_weights.safetensors"
-    refused([*given, str(file)], 3, f"{file} was trained on base sdxl", "give that base, or force it")
+    refused([*given, str(file)], 3, f"{file} was trained on base sdxl", "give that base")
     refused([*given, str(file), "--force"], 3, "names no layer of this base", "made for another one")
     assert not (workplace / "samples").exists()
     given[given.index("--base") + 1] = str(tiny_bases["sdxl"])
     assert main([*given, str(file)]) == 0
+
+
+def test_an_adapter_for_a_copy_in_another_precision(
+    tiny_bases: dict[str, Path], workplace: Path, sdxl_adapter: Path, refused: Refused
+) -> None:
+    copy = shutil.copytree(tiny_bases["sdxl"], workplace / "half")
+    for file in copy.rglob("*.safetensors"):
+        tensors = {name: t.half() if t.is_floating_point() else t for name, t in load_file(file).items()}
+        save_file(tensors, file, {"format": "pt"})
+    given = ["sample", "a cat", "--base", str(copy), "--steps", "1", "--adapter", str(sdxl_adapter)]
+    refused(given, 3, "was trained on base sdxl", "another precision (fp16 instead of fp32)", "add --force")
+    assert main([*given, "--force"]) == 0
 
 
 @pytest.mark.parametrize("name", ["adapter.pt", "adapter.bin", "adapter.safetensors"])
