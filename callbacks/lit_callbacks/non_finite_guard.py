@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from lit_personalize.batch import Batch
 from lit_personalize.errors import NonFiniteError, UsageError
@@ -54,7 +55,8 @@ class NonFiniteGuard(Callback):
         self._losses, self._samples = [], []
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # it handles infinite gradients itself
         gradients = [] if scaled else [p.grad for p in parameters if p.grad is not None]
-        values = torch.stack([*losses, _largest(gradients, losses), _largest(parameters, losses)]).tolist()
+        largest = [_largest(tensors).to(losses[0]) for tensors in (gradients, parameters)]
+        values = torch.stack([*losses, *largest]).tolist()
         wrong = _judge(values[:-2], values[-2], values[-1])
         if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(wrong is not None, all=False):
             wrong = wrong or "another rank met a non-finite value"
@@ -75,7 +77,7 @@ class NonFiniteGuard(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The last step has no successor that would check what it left."""
         parameters = [p for p in pl_module.parameters() if p.requires_grad]
-        if not math.isfinite(float(_largest(parameters, []))):
+        if not math.isfinite(float(_largest(parameters))):
             raise NonFiniteError(f"step {trainer.global_step}: the last step left adapters that are not finite")
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,11 +88,13 @@ class NonFiniteGuard(Callback):
 
 
 @torch.no_grad()
-def _largest(tensors: list[Any], like: list[Tensor]) -> Tensor:
-    """The largest magnitude of all, NaN or infinite if one of them is; a scalar of the losses' type."""
-    norms = torch._foreach_norm(tensors, math.inf) if tensors else [torch.zeros(())]
-    worst = torch.stack([norm.float() for norm in norms]).max()  # `max` passes NaN on
-    return worst.to(like[0]) if like else worst
+def _largest(tensors: list[Any]) -> Tensor:
+    """The largest magnitude of all, NaN or infinite if one of them is; a scalar of their type."""
+    if not tensors:
+        return torch.zeros(())
+    # One copy of all: a norm for each of hundreds of small factors takes four times as long.
+    low, high = torch.aminmax(_flatten_dense_tensors(tensors))  # passes NaN on
+    return torch.maximum(high, -low)
 
 
 def _judge(losses: list[float], gradient: float, parameter: float) -> str | None:
