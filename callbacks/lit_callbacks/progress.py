@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -72,11 +73,11 @@ class Progress(ProgressBar):
         self._boundary = step
         if self._bar is not None:
             if time.monotonic() - self._read_at >= REFRESH or step == self._total(trainer):
-                self._bar.update(self._task, completed=step, figures=self._figures(trainer))
+                self._bar.update(self._task, completed=step, figures=self._figures(trainer, outputs))
         elif self.plain_every and (step % self.plain_every == 0 or step == self._total(trainer)):
             total = self._total(trainer)
             counted = f"step {step}/{total}" if total else f"step {step}"
-            print(f"{counted}  {self._figures(trainer)}{self._left(step, total)}", file=sys.stderr, flush=True)
+            print(f"{counted}  {self._figures(trainer, outputs)}{self._left(step, total)}", file=sys.stderr, flush=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the finished bar standing."""
@@ -98,12 +99,12 @@ class Progress(ProgressBar):
             self._bar.stop()
             self._bar = None
 
-    def _figures(self, trainer: pl.Trainer) -> str:
+    def _figures(self, trainer: pl.Trainer, outputs: Any) -> str:
         """Loss and images per second."""
         self._read_at = time.monotonic()
         parts = []
-        if (value := trainer.progress_bar_metrics.get("loss")) is not None:
-            value = float(value)
+        if isinstance(outputs, Mapping) and outputs.get("loss") is not None:
+            value = float(outputs["loss"]) * trainer.accumulate_grad_batches  # Lightning divides it
             self.loss = value if self.loss is None else self.smoothing * self.loss + (1 - self.smoothing) * value
             parts.append(f"loss {self.loss:.4f}")
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]

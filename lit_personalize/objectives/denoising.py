@@ -98,6 +98,7 @@ class Denoising(pl.LightningModule):
         self.base: Base | None = None
         self._states: dict[bytes, tuple[Tensor, Tensor | None]] = {}
         self._rates: dict[str, float] = {}
+        self._figures: dict[str, Tensor] = {}
 
     # ---- building ---------------------------------------------------------------------------------
 
@@ -248,10 +249,19 @@ class Denoising(pl.LightningModule):
         loss = self.loss(typed, self.draws)
         self.draws += 1
         total = loss.reduce()
-        self.log("loss", total.detach(), prog_bar=True, batch_size=len(typed))
-        for name, value in loss.terms.items():
-            self.log(name, value, batch_size=len(typed))
+        self._figures = {"loss": total.detach(), **loss.terms}
         return total
+
+    def on_train_batch_end(self, outputs: Any, batch: Mapping[str, Any] | Batch, batch_idx: int) -> None:
+        """Log the step's losses if the loggers write them: `log` takes as long as some layers of a small UNet.
+
+        Callbacks have run by now, so a training that one of them ends is known to write its last step.
+        """
+        trainer = self.trainer
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.should_stop or trainer.is_last_batch or (every and trainer.global_step % every == 0):
+            for name, value in self._figures.items():
+                self.log(name, value, prog_bar=name == "loss", batch_size=len(Batch.of(batch)))
 
     def validation_step(self, batch: Mapping[str, Any] | Batch, batch_idx: int) -> None:
         """Held-out loss with draws that depend on the batch only, so that steps can be compared."""
