@@ -85,7 +85,7 @@ def test_the_same_command_continues_and_then_rests(
         (["-c", "custom_difusion/tinyworld"], 2, "did you mean 'custom_diffusion/tinyworld'?"),
         (["--model.init_args.base", "nowhere"], 3, "not found"),
         (["--data.init_args.concepts", "[]"], 2, "concepts is empty"),
-        (["--data.init_args.concepts", "[{path: nowhere, class_noun: cat}]"], 3, "nowhere"),
+        (["--data.init_args.concepts", "[{path: nowhere, class_noun: cat, token: <new1>}]"], 3, "nowhere"),
         (["--data.init_args.concepts", "[{path: photos, class_noun: cat, token: <new1>, prompt: a cat}]"], 2,
          "token <new1> is not in"),
     ],

@@ -83,6 +83,7 @@ def test_a_refused_start_leaves_the_run_as_it_was(
     assert main(FIT) == 0
     before = {name: (run / name).read_bytes() for name in ("config.yaml", "command.txt", "env.json")}
     longer = ["--trainer.max_steps", "5"]
+    nowhere = "[{path: nowhere, class_noun: cat, token: <new1>}]"
     other = ["--model.init_args.base", str(tiny_bases["sd2"])]
     cases: list[tuple[list[str], int, str]] = [
         (other, 3, "use the same base or a new run name"),
@@ -90,7 +91,7 @@ def test_a_refused_start_leaves_the_run_as_it_was(
         (["--model.init_args.base", "nowhere"], 3, "not found"),
         (["--model.init_args.seed", "7"], 2, "started with seed 0, not 7"),
         (["--model.init_args.adapters", "[{class_path: LoRA}]"], 3, "checkpoint of other adapters"),
-        (["--data.init_args.concepts", "[{path: nowhere}]", *longer], 3, "image folder nowhere does not exist"),
+        (["--data.init_args.concepts", nowhere, *longer], 3, "image folder nowhere does not exist"),
         (["--resume", "never"], 2, "already has a checkpoint"),
     ]
     for arguments, code, message in cases:
