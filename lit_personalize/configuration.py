@@ -8,7 +8,6 @@ are merged, lists are replaced. An unknown key or a wrong type is one clear `Usa
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 import re
 from collections.abc import Iterable, Sequence
@@ -29,9 +28,6 @@ from lit_personalize.list_replacement import replace_lists
 from lit_personalize.objectives.denoising import Denoising
 from lit_personalize.objectives.prior_preservation import PriorPreservation
 from lit_personalize.recipe_files import RECIPES, names
-
-# Imported by name so that YAML may use short class names; this package does not depend on it.
-DATA_CLASSES = ("lit_datamodules.personalization:PersonalizationData",)
 
 
 @dataclass
@@ -92,8 +88,7 @@ CONFIG_HELP = "YAML file or recipe name; may be repeated: later ones win, mappin
 
 def build_parser() -> LightningArgumentParser:
     """The parser of `litp fit`."""
-    for entry in DATA_CLASSES:
-        importlib.import_module(entry.partition(":")[0])
+    data_classes()  # imported, so that YAML may use their short names
     parser = LightningArgumentParser(prog="litp fit", exit_on_error=False, description="Train adapters on a base.")
     parser.add_argument("-c", "--config", action="config", help=CONFIG_HELP)
     parser.add_argument("--name", type=str, required=True, help="name of the run; its directory is <root>/<name>")
@@ -117,6 +112,13 @@ def build_parser() -> LightningArgumentParser:
         }
     )
     return parser
+
+
+def data_classes() -> list[type]:
+    """The data module of `lit_datamodules` and the classes of its options; nothing else here knows of that package."""
+    from lit_datamodules.personalization import Concept, PersonalizationData, Regularization
+
+    return [PersonalizationData, Concept, Regularization]
 
 
 def parse(arguments: Sequence[str]) -> tuple[LightningArgumentParser, Namespace]:
@@ -181,10 +183,7 @@ def _readable(path: Path) -> Path:
 def known_keys() -> set[str]:
     """Every option name that a configuration may contain, for suggestions."""
     classes: list[Any] = [Denoising, PriorPreservation, LoRA, KeyValueDelta, TokenEmbedding, pl.Trainer]
-    classes += [Sampling, Checkpointing, Exporting]
-    for entry in DATA_CLASSES:
-        module = importlib.import_module(entry.partition(":")[0])
-        classes += [m for _, m in inspect.getmembers(module, inspect.isclass) if m.__module__.startswith("lit_")]
+    classes += [Sampling, Checkpointing, Exporting, *data_classes()]
     found = {"name", "root", "resume", "ema", "model", "data", "trainer", "sampling", "checkpoint", "export"}
     for kind in classes:
         found |= {p for p in inspect.signature(kind.__init__).parameters if p not in ("self", "args", "kwargs")}
@@ -194,7 +193,7 @@ def known_keys() -> set[str]:
 def known_classes() -> set[str]:
     """Short names that a `class_path` of ours may have."""
     own: list[type] = [Denoising, PriorPreservation, LoRA, KeyValueDelta, TokenEmbedding]
-    return {kind.__name__ for kind in own} | {entry.partition(":")[2] for entry in DATA_CLASSES}
+    return {kind.__name__ for kind in [*own, data_classes()[0]]}
 
 
 UNKNOWN = (

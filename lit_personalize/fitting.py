@@ -2,13 +2,14 @@
 
 The same call again continues the run by its name. Checkpoints, the non-finite guard, progress and
 the manifest are always on; a user's `trainer.callbacks` are added to them.
+
+Callbacks stand above this package. Here, where a run is composed, they are imported inside functions.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import logging
 import os
 import warnings
@@ -76,37 +77,35 @@ def name_initial_words(built: Namespace) -> None:
             adapter.init = nouns[adapter.token]
 
 
-def _load(path: str, **options: Any) -> Any:
-    """Instantiate a class by its path: callbacks stand above this package and are named, not imported."""
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)(**options)
-
-
 def callbacks_of(built: Namespace, run: RunDirectory) -> list[pl.Callback]:
     """The callbacks that every run has, then the user's."""
-    chosen = [
-        _load("lit_callbacks.non_finite_guard.NonFiniteGuard"),
-        _load("lit_callbacks.throughput.Throughput"),
-    ]
+    from lit_callbacks.adapter_ema import AdapterEma
+    from lit_callbacks.non_finite_guard import NonFiniteGuard
+    from lit_callbacks.progress import Progress
+    from lit_callbacks.run_checkpoint import RunCheckpoint
+    from lit_callbacks.sample_grid import SampleGrid
+    from lit_callbacks.throughput import Throughput
+
+    chosen: list[pl.Callback] = [NonFiniteGuard(), Throughput()]
     if built.trainer.enable_progress_bar is not False:
-        chosen.append(_load("lit_callbacks.progress.Progress"))
+        chosen.append(Progress())
     if built.ema is not None:
-        chosen.append(_load("lit_callbacks.adapter_ema.AdapterEma", decay=built.ema))
+        chosen.append(AdapterEma(decay=built.ema))
     sampling = built.sampling
     if sampling.prompts:
         chosen.append(
-            _load(
-                "lit_callbacks.sample_grid.SampleGrid", folder=run.samples, prompts=sampling.prompts,
-                seeds=sampling.seeds, every=sampling.every, steps=sampling.steps, guidance=sampling.guidance,
+            SampleGrid(
+                folder=run.samples, prompts=sampling.prompts, seeds=sampling.seeds, every=sampling.every,
+                steps=sampling.steps, guidance=sampling.guidance,
             )
         )  # fmt: skip
     saved = built.checkpoint
     if saved.best:
         chosen.append(_fidelity_drift(built))
     chosen.append(
-        _load(
-            "lit_callbacks.run_checkpoint.RunCheckpoint", folder=run.checkpoints, every=saved.every,
-            keep_last=saved.keep_last, best_metric="fidelity_against_drift" if saved.best else None,
+        RunCheckpoint(
+            folder=run.checkpoints, every=saved.every, keep_last=saved.keep_last,
+            best_metric="fidelity_against_drift" if saved.best else None,
         )
     )  # fmt: skip
     return [*chosen, *(built.trainer.callbacks or [])]
@@ -118,14 +117,15 @@ def _fidelity_drift(built: Namespace) -> pl.Callback:
     Raises:
         UsageError: The concept has no class noun, or no CLIP is at hand.
     """
+    from lit_callbacks.fidelity_drift import FidelityDrift
+
     noun = built.data.concepts[0].class_noun
     if not noun:
         raise UsageError("checkpoint.best compares the concept with its class: give the concept a class_noun")
     saved, sampling = built.checkpoint, built.sampling
     shown = [s for s in built.data.samples if s.role == Role.INSTANCE and s.concept == 0]
-    return _load(
-        "lit_callbacks.fidelity_drift.FidelityDrift", references=[s.pixels for s in shown],
-        prompts=[shown[0].captions[0]], class_prompts=[f"photo of a {noun}"],
+    return FidelityDrift(
+        references=[s.pixels for s in shown], prompts=[shown[0].captions[0]], class_prompts=[f"photo of a {noun}"],
         clip=clip_directory(saved.clip, built.model.base_name), every=saved.every, weight=saved.drift_weight,
         options=SamplingOptions(sampling.steps, sampling.guidance),
     )  # fmt: skip
@@ -182,6 +182,8 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> None:
     Args:
         resolved: The configuration; it becomes that of the run when all that could refuse it has passed.
     """
+    from lit_callbacks.run_checkpoint import RunCheckpoint
+
     found = checkpoints.find_complete(run.checkpoints)
     for reason in found.skipped if found else ():
         log.warning("passed over a checkpoint: %s", reason)
@@ -205,7 +207,7 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> None:
     trainer = build_trainer(built, run, found.step if found else 0)
     # Only here is the checkpoint read, and found to fit or not.
     trainer.callbacks.append(LambdaCallback(on_train_start=lambda *_: record()))  # type: ignore[attr-defined]
-    keeper = next(c for c in trainer.callbacks if type(c).__name__ == "RunCheckpoint")  # type: ignore[attr-defined]
+    keeper = next(c for c in trainer.callbacks if isinstance(c, RunCheckpoint))  # type: ignore[attr-defined]
     try:
         start = str(found.state) if found else None
         trainer.fit(built.model, datamodule=built.data, ckpt_path=start, weights_only=True)
