@@ -1,7 +1,7 @@
 """`fit`: from a configuration to a run directory with checkpoints, samples and verified exports.
 
-The same call again continues the run by its name. Checkpoints, the non-finite guard, progress and
-the manifest are always on; a user's `trainer.callbacks` are added to them.
+The same call again continues the run by its name, and rests where it has finished. Checkpoints, the
+non-finite guard, progress and the manifest are always on; a user's `trainer.callbacks` are added to them.
 
 Callbacks stand above this package. Here, where a run is composed, they are imported inside functions.
 """
@@ -19,7 +19,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.callbacks import LambdaCallback, Timer
 
 from lit_personalize import checkpoints, preflight
 from lit_personalize.adapters.protocol import AdapterWeights
@@ -53,10 +53,15 @@ def fit(arguments: Sequence[str]) -> RunDirectory:
     with run.lock():
         # The parser writes what it resolved, so that the file alone repeats the run.
         resolved = parser.dump(config.clone(), skip_validation=True)
+        if config.resume != "never" and (step := run.finished_at(resolved)) is not None:
+            log.info("run %s has finished its %d steps; its exports are in %s", run.name, step, run.exports)
+            return run
         built = instantiate(parser, config)
         name_initial_words(built)
-        train(built, run, resolved)
+        finished = train(built, run, resolved)
         export_run(built, run)
+        if finished:
+            run.mark_finished(resolved)
     return run
 
 
@@ -176,11 +181,14 @@ def prepare_data(built: Namespace, run: RunDirectory) -> None:
         data.write_sheet(run.sheet)
 
 
-def train(built: Namespace, run: RunDirectory, resolved: str) -> None:
+def train(built: Namespace, run: RunDirectory, resolved: str) -> bool:
     """Fit from the newest complete checkpoint, or from the start.
 
     Args:
         resolved: The configuration; it becomes that of the run when all that could refuse it has passed.
+
+    Returns:
+        Whether the training is at its end, and not only out of the time that `trainer.max_time` gave it.
     """
     from lit_callbacks.run_checkpoint import RunCheckpoint
 
@@ -198,7 +206,7 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> None:
         built.model.configure_model()
         built.model.check_resumable(checkpoints.read_state(found.path))
         record()
-        return
+        return True
     prepare_data(built, run)
     if found:
         whole = f"{steps}" if steps >= 0 else f"{built.trainer.max_epochs} epochs"
@@ -216,6 +224,12 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> None:
             raise KeyboardInterrupt(f"saved at step {keeper.last_saved}; the same command continues") from exit_
         raise
     record()  # where no step was left to train
+    return not (keeper.interrupted or _out_of_time(trainer))
+
+
+def _out_of_time(trainer: pl.Trainer) -> bool:
+    timers = [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
+    return any(left is not None and left <= 0 for left in (timer.time_remaining() for timer in timers))
 
 
 def _quiet_lightning() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lit_personalize import atomic
+from lit_personalize import atomic, checkpoints
 from lit_personalize.errors import RunLockedError, UsageError
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,11 @@ class RunDirectory:
         return self.path / "metrics.csv"
 
     @property
+    def finished(self) -> Path:
+        """What was trained to its end and exported; see `mark_finished`."""
+        return self.exports / "finished.json"
+
+    @property
     def readme(self) -> Path:
         """The model card."""
         return self.path / "README.md"
@@ -128,6 +134,34 @@ class RunDirectory:
     def write_env(self) -> Path:
         """Write versions, machine, threads and the git commit of the working directory."""
         return self.write_text(self.environment.name, json.dumps(describe_environment(), indent=1) + "\n")
+
+    # ---- finishing --------------------------------------------------------------------------------
+
+    def mark_finished(self, config: str) -> None:
+        """Note that training by the text of this configuration is at its end, and that its files are exported."""
+        note = {"config_sha256": _sha256(config), "step": self._newest_step(), "files": self._result_sizes()}
+        self.write_text("exports/finished.json", json.dumps(note, indent=1) + "\n")
+
+    def finished_at(self, config: str) -> int | None:
+        """Step at which training by this configuration ended; None if it did not, or its files are not those written.
+
+        A configuration that differs in anything is another one, and so are the run's files after `litp export`.
+        """
+        try:
+            note = json.loads(self.finished.read_text(encoding="utf-8"))
+            same = note["config_sha256"] == _sha256(config) == _sha256(self.config.read_text(encoding="utf-8"))
+            if same and note["files"] == self._result_sizes() and note["step"] == self._newest_step():
+                return int(note["step"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None  # no note, or none that can be read: finishing again does no harm
+        return None
+
+    def _newest_step(self) -> int:
+        return max((step for step, _ in checkpoints.published(self.checkpoints)), default=0)
+
+    def _result_sizes(self) -> dict[str, int]:
+        results = [self.readme, *(path for path in self.exports.rglob("*") if path != self.finished)]
+        return {p.relative_to(self.path).as_posix(): p.stat().st_size for p in sorted(results) if p.is_file()}
 
     # ---- owning -----------------------------------------------------------------------------------
 
@@ -223,6 +257,10 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _now() -> str:

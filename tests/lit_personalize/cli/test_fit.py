@@ -47,6 +47,7 @@ def test_from_photos_to_verified_files(
         assert (run / place).exists(), place
     manifest = [json.loads(line) for line in (run / "manifest.jsonl").read_text().splitlines()]
     assert sum(r["path"].startswith("photos") for r in manifest) == 3
+    assert (run / "exports" / "finished.json").exists()
     report = json.loads((run / "exports" / "verify.json").read_text())
     assert report["files"] and report["picture_difference"] <= 1 / 255 + 1e-6
     capsys.readouterr()

@@ -101,6 +101,37 @@ def test_a_refused_start_leaves_the_run_as_it_was(
     assert main(["export", str(run), "--no-verify"]) == 0
 
 
+@pytest.mark.parametrize(
+    "length", [["--trainer.max_steps", "3"], ["--trainer.max_steps", "-1", "--trainer.max_epochs", "1"]]
+)
+def test_a_finished_run_rests(run: Path, length: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    def written() -> dict[str, int]:
+        return {str(p): p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
+
+    assert main([*FIT, *length]) == 0
+    before = written()
+    Path("photos").rename("elsewhere")  # so that reading them again would fail
+    caplog.clear()
+    assert main([*FIT, *length]) == 0
+    assert f"run run has finished its 3 steps; its exports are in {Path('runs/run/exports')}" in caplog.text
+    assert written() == before
+    assert main([*FIT, *length, "--resume", "never"]) == 2
+    (run / "exports/learned_embeds.safetensors").unlink()
+    Path("elsewhere").rename("photos")
+    assert main([*FIT, *length]) == 0
+    assert (run / "exports/learned_embeds.safetensors").stat().st_size
+
+
+def test_a_run_out_of_time_has_not_finished(run: Path) -> None:
+    assert main([*FIT, "--trainer.max_steps", "1"]) == 0
+    finished = run / "exports/finished.json"
+    finished.unlink()
+    assert main([*FIT, "--trainer.max_time", "00:00:00:00"]) == 0
+    assert _step(run) == 1 and not finished.exists()
+    assert main(FIT) == 0
+    assert _step(run) == 3 and finished.exists()
+
+
 def test_a_start_that_goes_on_is_the_new_configuration(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert main([*FIT, "--model.init_args.optimizer.init_args.lr", "0.005"]) == 0
     caplog.clear()
