@@ -20,6 +20,8 @@ PLACES = {
     "metrics.csv": "loss and speed by step",
     "checkpoints": "resumable states",
 }
+EXPORTS = ("*.safetensors", "peft/*/adapter_model.safetensors", "pipeline/model_index.json")
+JSON_HELP = "print the result as one JSON object, and nothing else, to stdout; messages go to stderr"
 
 
 def configure_logging() -> None:
@@ -44,6 +46,11 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
 
 
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add the option --json of verbs that report."""
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
+
+
 def where_things_are(folder: Path, stream: TextIO) -> None:
     """A table of the run's files that exist."""
     from rich.console import Console
@@ -54,6 +61,28 @@ def where_things_are(folder: Path, stream: TextIO) -> None:
         if (folder / place).exists():
             table.add_row(str(folder / place), text)
     Console(file=stream).print(table)
+
+
+def report_run(folder: Path, as_json: bool) -> None:
+    """Print where a run's files are; as JSON also its newest whole checkpoint and its exports."""
+    if not as_json:
+        where_things_are(folder, sys.stdout)
+        return
+    emit(run_report(folder), True)
+
+
+def run_report(folder: Path) -> dict[str, Any]:
+    """Directory, newest whole checkpoint's step (0 if there is none), exports and other files of a run."""
+    from lit_personalize.checkpoints import find_complete
+
+    found = find_complete(folder / "checkpoints")
+    exports = [path for pattern in EXPORTS for path in sorted((folder / "exports").glob(pattern))]
+    return {
+        "run": str(folder),
+        "step": found.step if found else 0,
+        "exports": [str(path) for path in exports],
+        "files": {place: str(folder / place) for place in PLACES if (folder / place).exists()},
+    }
 
 
 def emit(value: dict[str, Any], as_json: bool) -> None:

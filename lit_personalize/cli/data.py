@@ -9,6 +9,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from lit_personalize.cli.console import add_json, configure_logging, emit
+
 log = logging.getLogger(__name__)
 
 
@@ -46,12 +48,10 @@ def main(arguments: list[str]) -> int:
     for name, text in (("check", "read every file and count what is used"), ("sheet", "draw the first training views")):
         verb = verbs.add_parser(name, help=text)
         verb.add_argument("-c", "--config", action="append", required=True, help="YAML file or recipe; may be repeated")
-        verb.add_argument("--json", action="store_true")
+        add_json(verb)
         default = Path("sheet.png" if name == "sheet" else "manifest.jsonl")
         verb.add_argument("-o", "--output", type=Path, default=default)
     options = parser.parse_args(arguments)
-    from lit_personalize.cli.console import configure_logging, emit
-
     configure_logging()
     from lit_personalize.configuration import instantiate, parse
 
@@ -73,8 +73,10 @@ def main(arguments: list[str]) -> int:
             data.write_manifest(options.output)
     if options.what == "sheet":
         data.write_sheet(options.output)
-        print(options.output)
-        return 0
+        if not options.json:
+            print(options.output)
+            return 0
     fates = Counter(record.fate for record in data.records)
-    emit({"files": len(data.records), **fates, "manifest": str(options.output)}, options.json)
+    written = "sheet" if options.what == "sheet" else "manifest"
+    emit({"files": len(data.records), **fates, written: str(options.output)}, options.json)
     return 0

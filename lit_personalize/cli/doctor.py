@@ -10,6 +10,8 @@ import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from lit_personalize.cli.console import add_json, emit
+
 PACKAGES = (
     "torch", "triton", "lightning", "diffusers", "transformers", "peft", "torchmetrics", "webdataset", "safetensors",
     "jsonargparse", "deepspeed",
@@ -46,10 +48,8 @@ def findings() -> tuple[dict[str, str], list[str]]:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="litp doctor", description="Report versions, devices and known problems.")
-    parser.add_argument("--json", action="store_true")
+    add_json(parser)
     options = parser.parse_args(arguments)
-    from lit_personalize.cli.console import emit
-
     facts, problems = findings()
     if options.json:
         emit({**facts, "problems": problems}, True)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lit_personalize.cli.console import add_device, configure_logging
+from lit_personalize.cli.console import add_device, add_json, configure_logging
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--guidance", type=float, default=6.0)
     parser.add_argument("--force", action="store_true", help="accept an adapter that was made for another base")
     parser.add_argument("-o", "--output", type=Path, default=None, help="also write the report as JSON")
-    parser.add_argument("--json", action="store_true")
+    add_json(parser)
     add_device(parser)
     return parser
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from lit_personalize.cli.console import add_device, configure_logging, where_things_are
+from lit_personalize.cli.console import add_device, add_json, configure_logging, report_run
 
 
 def main(arguments: list[str]) -> int:
@@ -16,6 +15,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--formats", nargs="+", default=["diffusers", "kohya"], help=formats)
     parser.add_argument("--max-error", type=float, default=None, help="of dense changes written as LoRA; 0 is exact")
     parser.add_argument("--no-verify", action="store_true")
+    add_json(parser)
     add_device(parser)
     options = parser.parse_args(arguments)
     from lit_personalize.errors import DataError
@@ -38,5 +38,5 @@ def main(arguments: list[str]) -> int:
         built = instantiate(parser_, config)
         name_initial_words(built)
         export_run(built, run, device_of(options.device))
-    where_things_are(run.path, sys.stdout)
+    report_run(run.path, options.json)
     return 0

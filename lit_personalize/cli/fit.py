@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import sys
+from lit_personalize.cli.console import JSON_HELP, configure_logging, report_run
 
 
 def main(arguments: list[str]) -> int:
-    from lit_personalize.cli.console import configure_logging
-
     configure_logging()
+    # Not an option of the parser, whose options are the configuration that the run keeps.
+    as_json, arguments = "--json" in arguments, [a for a in arguments if a != "--json"]
     if "-h" in arguments or "--help" in arguments:
         from lit_personalize.configuration import build_parser
 
-        build_parser().print_help()
+        parser = build_parser()
+        parser.epilog = f"--json: {JSON_HELP}"
+        parser.print_help()
         return 0
     from lit_personalize.fitting import fit
 
-    run = fit(arguments)
-    from lit_personalize.cli.console import where_things_are
-
-    where_things_are(run.path, sys.stdout)
+    report_run(fit(arguments).path, as_json)
     return 0

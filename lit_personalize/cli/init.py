@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from lit_personalize.cli.console import add_json, emit
+
 METHODS = {
     "custom_diffusion": ("PriorPreservation", True, "photo of a {token} {class}"),
     "textual_inversion": ("Denoising", False, "object"),
@@ -28,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", default="", help="name of the run; default: the folder's name")
     parser.add_argument("--steps", type=int, default=0, help="optimizer steps; default: the recipe's")
     parser.add_argument("-o", "--output", type=Path, default=Path("run.yaml"))
+    add_json(parser)
     return parser
 
 
@@ -50,7 +53,10 @@ def main(arguments: list[str]) -> int:
         ),
         encoding="utf-8",
     )  # fmt: skip
-    print(options.output)
+    if options.json:
+        emit({"config": str(options.output)}, True)
+    else:
+        print(options.output)
     print(f"next: litp fit -c {options.output}", file=sys.stderr)
     return 0
 

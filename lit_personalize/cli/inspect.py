@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lit_personalize.cli.console import add_json, configure_logging, emit
+
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="litp inspect", description="Show what an adapter file holds.")
     parser.add_argument("file", type=Path)
-    parser.add_argument("--json", action="store_true")
+    add_json(parser)
     options = parser.parse_args(arguments)
-    from lit_personalize.cli.console import configure_logging, emit
-
     configure_logging()
     from lit_personalize.export.inspect import inspect_file
 

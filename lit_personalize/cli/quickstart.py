@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+from lit_personalize.cli.console import add_json, configure_logging, emit, run_report, where_things_are
+
 STEPS = 300
 
 
@@ -18,14 +20,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="litp quickstart", description="Learn a subject of the embedded world.")
     parser.add_argument("-o", "--output", type=Path, default=Path("quickstart"), help="folder for everything")
     parser.add_argument("--steps", type=int, default=None, help=f"optimizer steps, {STEPS} by default")
+    add_json(parser)
     return parser
 
 
 def main(arguments: list[str]) -> int:
     options = build_parser().parse_args(arguments)
     started = time.monotonic()
-    from lit_personalize.cli.console import configure_logging, where_things_are
-
     configure_logging()
     folder: Path = options.output
     config = prepare(folder, options.steps)
@@ -33,6 +34,10 @@ def main(arguments: list[str]) -> int:
 
     run = fit(["-c", str(config), "--root", str(folder / "runs")])
     figures = measure(folder, run.path)
+    seconds, pictures = time.monotonic() - started, str(folder / "compare.png")
+    if options.json:
+        emit({**run_report(run.path), "figures": figures, "seconds": seconds, "pictures": pictures}, True)
+        return 0
     where_things_are(run.path, sys.stdout)
     from rich.console import Console
     from rich.table import Table
@@ -41,10 +46,10 @@ def main(arguments: list[str]) -> int:
     for column in ("backgrounds never trained", "subject's attributes", "all of them", "asked background"):
         table.add_column(column)
     for name, row in figures.items():
-        table.add_row(name, *(f"{value:.0%}" for value in row))
+        table.add_row(name, *(f"{value:.0%}" for value in row.values()))
     console = Console(file=sys.stdout)
     console.print(table)
-    console.print(f"{time.monotonic() - started:.0f} seconds in all; pictures: {folder / 'compare.png'}")
+    console.print(f"{seconds:.0f} seconds in all; pictures: {pictures}")
     return 0
 
 
@@ -72,7 +77,7 @@ def prepare(folder: Path, steps: int | None = None) -> Path:
     return config
 
 
-def measure(folder: Path, run: Path) -> dict[str, tuple[float, ...]]:
+def measure(folder: Path, run: Path) -> dict[str, dict[str, float]]:
     """Share of pictures that show the subject and the asked background: base, adapter, and real renders."""
     import numpy as np
 
@@ -98,4 +103,4 @@ def measure(folder: Path, run: Path) -> dict[str, tuple[float, ...]]:
     rows = {"untouched base": untouched, "with the adapter": adapted, "real pictures": real}
     captioned_grid(np.concatenate(list(rows.values())), prompts * 3, len(prompts)).save(folder / "compare.png")
     reader = Reader.load(committed_weights() / "reader")
-    return {name: tuple(shares(pixels, subject, grounds, reader).values()) for name, pixels in rows.items()}
+    return {name: shares(pixels, subject, grounds, reader) for name, pixels in rows.items()}

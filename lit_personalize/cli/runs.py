@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+
+from lit_personalize.cli.console import add_json, emit, report_run
 
 
 def main(arguments: list[str]) -> int:
@@ -12,9 +13,10 @@ def main(arguments: list[str]) -> int:
     verbs = parser.add_subparsers(dest="what", required=True, metavar="ls|show")
     ls = verbs.add_parser("ls", help="one line per run")
     ls.add_argument("root", type=Path, nargs="?", default=Path("runs"))
-    ls.add_argument("--json", action="store_true")
+    add_json(ls)
     show = verbs.add_parser("show", help="files and newest checkpoint of a run")
     show.add_argument("run", type=Path)
+    add_json(show)
     options = parser.parse_args(arguments)
     from lit_personalize.checkpoints import find_complete
     from lit_personalize.errors import DataError
@@ -22,11 +24,7 @@ def main(arguments: list[str]) -> int:
     if options.what == "show":
         if not (options.run / "config.yaml").is_file():
             raise DataError(f"{options.run} is not a run directory: it has no config.yaml")
-        import sys
-
-        from lit_personalize.cli.console import where_things_are
-
-        where_things_are(options.run, sys.stdout)
+        report_run(options.run, options.json)
         return 0
     if not options.root.is_dir():
         raise DataError(f"there is no folder {options.root}; name the folder that holds the runs")
@@ -36,7 +34,7 @@ def main(arguments: list[str]) -> int:
         exports = sorted(p.name for p in (folder / "exports").glob("*.safetensors"))
         rows.append({"name": folder.name, "step": found.step if found else 0, "exports": exports})
     if options.json:
-        print(json.dumps(rows, indent=2))
+        emit({"runs": rows}, True)
     for row in () if options.json else rows:
         print(f"{row['name']:<24} step {row['step']:<8} {len(row['exports'])} adapter files")  # type: ignore[arg-type]
     return 0

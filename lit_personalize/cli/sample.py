@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lit_personalize.cli.console import add_device, configure_logging
+from lit_personalize.cli.console import add_device, add_json, configure_logging, emit
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,6 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resolution", type=int, default=None)
     parser.add_argument("--force", action="store_true", help="accept an adapter that was made for another base")
     parser.add_argument("-o", "--output", type=Path, default=Path("samples"), help="folder for pictures and grid.png")
+    add_json(parser)
     add_device(parser)
     return parser
 
@@ -65,11 +66,16 @@ def main(arguments: list[str]) -> int:
     how = SamplingOptions(options.steps, options.guidance, options.negative, options.scheduler)
     pictures = generate(base, prompts, seeds, adapters, how, options.resolution)
     options.output.mkdir(parents=True, exist_ok=True)
+    drawn = []
     for i, pixels in enumerate(pictures):
         path = options.output / f"{i // len(options.seeds):02d}_{seeds[i]}.png"
         Image.fromarray(pixels).save(path)
-        print(path)
+        drawn.append({"file": str(path), "prompt": prompts[i], "seed": seeds[i]})
     zoom = max(1, 256 // pictures.shape[1])
-    captioned_grid(pictures, prompts, len(options.seeds), zoom).save(options.output / "grid.png")
-    print(options.output / "grid.png")
+    grid = options.output / "grid.png"
+    captioned_grid(pictures, prompts, len(options.seeds), zoom).save(grid)
+    if options.json:
+        emit({"pictures": drawn, "grid": str(grid)}, True)
+    else:
+        print(*(picture["file"] for picture in drawn), grid, sep="\n")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lit_personalize.cli.console import add_device, configure_logging
+from lit_personalize.cli.console import add_device, add_json, configure_logging
 
 
 def main(arguments: list[str]) -> int:
@@ -16,7 +16,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--base", default="tinyworld", help='diffusers directory, single file, or "tinyworld"')
     parser.add_argument("--base-config", default=None)
     parser.add_argument("--prompt", default="a photo")
-    parser.add_argument("--json", action="store_true")
+    add_json(parser)
     add_device(parser)
     options = parser.parse_args(arguments)
     configure_logging()

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from lit_personalize.cli.console import add_json, emit
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="litp world", description="The embedded world.")
@@ -27,6 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     card = verbs.add_parser("card", help="measure a built world and write its card")
     card.add_argument("world", type=Path)
     card.add_argument("--docs", type=Path, default=None, help="folder for picture and table")
+    for verb in (render, build, card):
+        add_json(verb)
     return parser
 
 
@@ -41,11 +45,19 @@ def main(arguments: list[str]) -> int:
     elif options.what == "build":
         from lit_personalize.tinyworld.build import build
 
-        print(build(options.output, options.budget, start=options.start, log=log))
+        built = build(options.output, options.budget, start=options.start, log=log)
+        if options.json:
+            emit({"world": str(built)}, True)
+        else:
+            print(built)
     else:
         from lit_personalize.tinyworld.card import table, write_card
 
-        print(table(write_card(options.world, options.docs, log=log)))
+        measured = write_card(options.world, options.docs, log=log)
+        if options.json:
+            emit(measured, True)
+        else:
+            print(table(measured))
     return 0
 
 
@@ -61,8 +73,11 @@ def _render(options: argparse.Namespace) -> None:
             options.count, options.seed, options.split, options.population, options.kind, options.size
         )
     if options.shards:
-        for path in dataset.write_shards(pictures, options.output, seed=options.seed):
-            print(path)
+        written = list(dataset.write_shards(pictures, options.output, seed=options.seed))
     else:
         dataset.write_folder(pictures, options.output, seed=options.seed)
-        print(options.output)
+        written = [options.output]
+    if options.json:
+        emit({"pictures": len(pictures), "written": [str(path) for path in written]}, True)
+    else:
+        print(*written, sep="\n")

@@ -156,5 +156,10 @@ def test_make_quickstart_goes_the_whole_way(tmp_path: Path, capsys: pytest.Captu
     config.write_text(fewer, encoding="utf-8")
     assert main([*arguments, "-o", str(folder)]) == 0
     assert "with the adapter" in capsys.readouterr().out
+    assert main([*arguments, "-o", str(folder), "--json"]) == 0  # which trains nothing again
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["figures"]) == {"untouched base", "with the adapter", "real pictures"}
+    assert set(report["figures"]["with the adapter"]) == {"attributes", "all attributes", "background"}
+    assert report["step"] == 2 and report["pictures"] == str(folder / "compare.png")
     for place in ("compare.png", "runs/subject/README.md", "runs/subject/exports/verify.json"):
         assert (folder / place).stat().st_size, place

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +74,38 @@ def test_the_same_command_continues_and_then_rests(
     assert "has finished its 5 steps" in caplog.text
     one, two = (workplace / "runs" / n / "exports" / "learned_embeds.safetensors" for n in ("straight", "run"))
     assert load_file(one)["<new1>"].equal(load_file(two)["<new1>"])
+
+
+def test_every_verb_of_a_run_speaks_json(
+    tiny_bases: dict[str, Path], workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One object is all that stands on stdout; `json.loads` refuses anything beside it."""
+
+    def said(*arguments: str) -> dict[str, Any]:
+        capsys.readouterr()
+        assert main([*arguments, "--json"]) == 0, capsys.readouterr().err
+        found = json.loads(capsys.readouterr().out)
+        assert isinstance(found, dict)
+        return found
+
+    base = ["--base", str(tiny_bases["sd1"])]
+    photos = ["--images", "photos", "--class-noun", "cat", "--method", "lora", "--name", "run", "--steps", "1"]
+    assert said("init", *photos, *base) == {"config": "run.yaml"}
+    assert said("data", "sheet", "-c", "run.yaml") == {"files": 3, "used": 3, "sheet": "sheet.png"}
+    trained = said("fit", *SMALL, "--export.verify", "false")
+    file = "runs/run/exports/pytorch_lora_weights.safetensors"
+    assert trained["run"] == "runs/run" and trained["step"] == 1 and file in trained["exports"]
+    assert trained["files"]["config.yaml"] == "runs/run/config.yaml"
+    assert said("fit", *SMALL, "--export.verify", "false") == trained == said("runs", "show", "runs/run")
+    assert said("export", "runs/run", "--formats", "peft", "--no-verify")["exports"] == [
+        *trained["exports"], "runs/run/exports/peft/unet/adapter_model.safetensors",
+    ]  # fmt: skip
+    (row,) = said("runs", "ls")["runs"]
+    assert row["name"] == "run" and row["step"] == 1
+    drawn = said("sample", "a cat", *base, "--adapter", file, "--seeds", "3", "--steps", "1")
+    assert drawn["pictures"] == [{"file": "samples/00_3.png", "prompt": "a cat", "seed": 3}]
+    assert said("inspect", file)["base"] == "sd1"
+    assert said("verify", file, *base)["files"]
 
 
 @pytest.mark.parametrize(

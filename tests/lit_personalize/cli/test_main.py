@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from lit_personalize.cli import quickstart, world
+from lit_personalize.cli.console import JSON_HELP
 from lit_personalize.cli.main import VERBS, main
 
 HEAVY = ("torch", "lightning", "diffusers", "transformers", "numpy", "PIL")
@@ -66,6 +68,30 @@ def test_doctor_speaks_json(capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["doctor", "--json"])
     report = json.loads(capsys.readouterr().out)
     assert report["torch"] and (code == 0) == (not report["problems"])
+
+
+REPORTS = [
+    *([verb] for verb in VERBS if verb not in ("data", "runs", "world")),
+    *(["data", what] for what in ("check", "sheet")),
+    *(["runs", what] for what in ("ls", "show")),
+    *(["world", what] for what in ("render", "build", "card")),
+]
+
+
+@pytest.mark.parametrize("verb", REPORTS, ids=" ".join)
+def test_every_verb_documents_json(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with suppress(SystemExit):
+        main([*verb, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--json" in text and JSON_HELP in text
+
+
+def test_the_world_speaks_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["world", "render", "--count", "3", "--kind", "object", "--json", "-o"]
+    assert main([*given, str(tmp_path / "pictures")]) == 0
+    assert json.loads(capsys.readouterr().out) == {"pictures": 3, "written": [str(tmp_path / "pictures")]}
+    assert main([*given, str(tmp_path / "shards"), "--shards"]) == 0
+    assert json.loads(capsys.readouterr().out)["written"] == [str(tmp_path / "shards/00000.tar")]
 
 
 def test_missing_files_give_their_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
