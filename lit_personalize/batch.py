@@ -67,12 +67,12 @@ class Batch:
             raise ValueError("latent_mean and latent_std come together")
         if (self.input_ids is None) == (self.text_states is None):
             raise ValueError("a Batch has either input_ids or text_states")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            parts = value if field.name == "input_ids" and value is not None else (value,)
+        size = len(self)
+        for name, value in vars(self).items():
+            parts = value if name == "input_ids" and value is not None else (value,)
             for part in parts:
-                if part is not None and len(part) != len(self):
-                    raise ValueError(f"Batch.{field.name} has {len(part)} samples, role has {len(self)}")
+                if part is not None and len(part) != size:
+                    raise ValueError(f"Batch.{name} has {len(part)} samples, role has {size}")
 
     def __len__(self) -> int:
         return len(self.role)
@@ -91,6 +91,18 @@ class Batch:
         if values.get("input_ids") is not None:
             values["input_ids"] = tuple(values["input_ids"])
         return cls(**values)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device`."""
+        if self.device == device:
+            return self
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(moved(part) for part in value)
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        return Batch(**{name: moved(value) for name, value in vars(self).items()})
 
     @property
     def device(self) -> torch.device:

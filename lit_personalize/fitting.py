@@ -236,6 +236,7 @@ def _quiet_lightning() -> None:
     """Leave out Lightning's notices that do not apply to a run with its own cursor and checkpoints."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`.*")
+    warnings.filterwarnings("ignore", message="You have overridden `transfer_batch_to_device` in `LightningModule`.*")
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero.*")
     warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging.*")
     warnings.filterwarnings("ignore", message="Found .* module.s. in eval mode at the start of training.*")

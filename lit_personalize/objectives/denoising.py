@@ -154,7 +154,7 @@ class Denoising(pl.LightningModule):
     # ---- drawing ----------------------------------------------------------------------------------
 
     def _positions(self, batch: Batch) -> list[int]:
-        return [int(p) for p in batch.position]
+        return batch.position.tolist()
 
     def noise(self, purpose: str, shape: Sequence[int], batch: Batch, step: int) -> Tensor:
         """Normal draws `[B, *shape]` keyed by (seed, purpose, step, position), on the batch's device."""
@@ -242,6 +242,12 @@ class Denoising(pl.LightningModule):
         if self.snr_gamma is not None:
             per_sample = per_sample * base.schedule.min_snr_weight(t, self.snr_gamma)
         return Loss(per_sample, self.sample_weights(batch), role_means(per_sample, batch))
+
+    def transfer_batch_to_device(
+        self, batch: Mapping[str, Any] | Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
+        """Build the typed batch, once for this module and all callbacks."""
+        return Batch.of(batch).to(device)
 
     def training_step(self, batch: Mapping[str, Any] | Batch, batch_idx: int) -> Tensor:
         typed = Batch.of(batch)
@@ -361,8 +367,9 @@ def masked_mean(squared_error: Tensor, mask: Tensor | None) -> Tensor:
 
 def role_means(per_sample: Tensor, batch: Batch) -> dict[str, Tensor]:
     """Mean loss of each role, for the log; nothing where the batch has only one."""
-    detached = per_sample.detach()
-    present = [role for role in Role if bool(batch.where(role).any())]
+    present = set(batch.role.tolist())
     if len(present) == 1:
         return {}
-    return {f"loss_{role.name.lower()}": detached[batch.where(role)].mean() for role in present}
+    detached = per_sample.detach()
+    roles = [Role(value) for value in sorted(present)]
+    return {f"loss_{role.name.lower()}": detached[batch.where(role)].mean() for role in roles}

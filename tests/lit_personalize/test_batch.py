@@ -27,6 +27,15 @@ def test_a_good_mapping_becomes_a_batch() -> None:
     assert Batch.of(batch) is batch
 
 
+def test_a_batch_moves_as_a_whole() -> None:
+    batch = Batch.of(_mapping())
+    assert batch.to(torch.device("cpu")) is batch
+    moved = batch.to(torch.device("meta"))
+    tensors = [moved.role, moved.position, moved.pixels, *(moved.input_ids or ())]
+    assert [t.device.type for t in tensors if t is not None] == ["meta"] * 4
+    assert moved.sample_id == batch.sample_id and moved.mask is None
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch.utils.data import DataLoader
 
@@ -67,6 +69,43 @@ def test_validation_sees_the_newest_weights(
         newest = float(objective.loss(batch, 0).reduce())
     assert abs(newest - untrained) > 1e-3, "the steps changed nothing that could be seen"
     assert float(trainer.callback_metrics["val_loss"]) == pytest.approx(newest, rel=1e-6)
+
+
+class StopAt(pl.Callback):
+    """Note what every step saw and lost; end the training after step 5, as a time limit would."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.batches: list[object] = []
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        self.losses.append(float(outputs["loss"]))
+        self.batches.append(batch)
+        trainer.should_stop = trainer.global_step >= 5
+
+
+def test_loggers_get_the_loss_of_their_own_step(
+    tiny_bases: dict[str, Path], make_batch: MakeBatch, tmp_path: Path
+) -> None:
+    """Every second step and the one that training is ended after, each with its own loss."""
+    objective = Denoising(str(tiny_bases["sd1"]), [LoRA(rank=2)])
+    objective.configure_model()
+    batch = make_batch(objective.built, ["a photo of a cat", "a dog"])
+    delivered: Any = [{name: value for name, value in vars(batch).items() if value is not None}]
+    watch = StopAt()
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_steps=8, min_epochs=0, logger=CSVLogger(tmp_path), log_every_n_steps=2,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[watch],
+        plugins=[LightningEnvironment()],
+    )  # fmt: skip
+    trainer.fit(objective, DataLoader(delivered * 8, batch_size=None))
+    with (Path(str(trainer.log_dir)) / "metrics.csv").open(encoding="utf-8") as file:
+        written = {int(row["step"]): float(row["loss"]) for row in csv.DictReader(file)}
+    assert len(set(watch.losses)) == len(watch.losses) == 5
+    assert written == pytest.approx({step: watch.losses[step] for step in (1, 3, 4)}, rel=1e-6)
+    assert all(isinstance(b, Batch) for b in watch.batches), "the batch is built once, for the callbacks, too"
 
 
 def _gradients(objective: Denoising, batch: Batch) -> None:
