@@ -14,12 +14,13 @@ EXTRAS ?= dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST_ARGS ?=
 BUDGET ?= 4h
+JOBS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart science test test-all lint types clean
 
 help:
-	@echo "make quickstart | science | test | test-all | lint | types | clean   (TORCH_INDEX, PYTEST_ARGS, BUDGET)"
+	@echo "make quickstart | science | test | test-all | lint | types | clean   (TORCH_INDEX, PYTEST_ARGS, BUDGET, JOBS)"
 
 install: $(INSTALLED)
 
@@ -39,7 +40,7 @@ quickstart: $(INSTALLED)
 
 # Resumable: cells that exist are kept, and a changed recipe or base makes new ones.
 science: $(INSTALLED)
-	@$(BIN)/python -m lit_personalize.report.science --budget $(BUDGET)
+	@$(BIN)/python -m lit_personalize.report.science --budget $(BUDGET) --jobs $(JOBS)
 	@$(BIN)/python -m lit_personalize.report.pages
 
 test: $(INSTALLED)

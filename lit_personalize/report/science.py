@@ -3,10 +3,10 @@
 A cell is named by a hash of its recipe, the base's fingerprint, the subject and the seed: a changed
 recipe or base makes new cells, finished ones are never repeated, missing ones print as missing.
 
-    python -m lit_personalize.report.science [--budget 60m] [--out docs/science]
+    python -m lit_personalize.report.science [--budget 60m] [--jobs 2] [--out docs/science]
 
 `report.pages` writes the tables. The first seed of every method comes first, so that a short budget
-still compares all of them.
+still compares all of them. A generated regularization set is drawn once per class noun and shared.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ import argparse
 import functools
 import hashlib
 import json
+import multiprocessing
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +86,10 @@ def cells() -> Iterator[tuple[str, str, int]]:
                 yield method, subject, seed
 
 
-def run_cell(method: str, name: str, seed: int, weights: Path, steps: int | None = None) -> dict[str, Any]:
-    """Train one subject with one method and measure it."""
+def run_cell(
+    method: str, name: str, seed: int, weights: Path, cache: Path, steps: int | None = None
+) -> dict[str, Any]:
+    """Train one subject with one method and measure it; generated sets are kept in `cache`."""
     from lit_personalize.fitting import fit
     from lit_personalize.tinyworld import dataset
 
@@ -102,13 +107,14 @@ def run_cell(method: str, name: str, seed: int, weights: Path, steps: int | None
         arguments = ["-c", entry.recipe, "--name", "cell", "--root", folder,
                      "--data.init_args.concepts", f"[{concept}]",
                      "--model.init_args.seed", str(seed), "--data.init_args.seed", str(seed),
-                     "--export.formats", "[diffusers]", *entry.changes]  # fmt: skip
+                     "--export.formats", "[diffusers]", "--export.verify", "false",
+                     "--sampling.every", "1000000", *entry.changes]  # fmt: skip
         if entry.regularization == "shards":
             dataset.write_shards(class_pictures(subject, 200, seed + 50), work / "reg")
             given = f'[{{shards: "{work / "reg" / "00000.tar"}"}}]'
             arguments += ["--data.init_args.regularization", given]
         elif entry.regularization == "generated":
-            given = f'[{{generate: 200, prompt: "photo of a {noun}", cache: {work / "generated"}}}]'
+            given = f'[{{generate: 200, prompt: "photo of a {noun}", cache: {cache}}}]'
             arguments += ["--data.init_args.regularization", given]
         if steps is not None:
             arguments += ["--trainer.max_steps", str(steps)]
@@ -177,23 +183,44 @@ def load_cells(folder: Path) -> tuple[dict[tuple[str, str, int], dict[str, Any]]
 
 
 def main() -> int:
-    from lit_personalize.cli.console import configure_logging
     from lit_personalize.tinyworld.build import committed_weights, seconds_of
 
     parser = argparse.ArgumentParser(description="Measure the methods on the embedded world.")
     parser.add_argument("--budget", default="60m", help="wall-clock limit; a started cell is finished")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at once, each with its share of the cores")
     parser.add_argument("--out", type=Path, default=Path("docs/science"))
     options = parser.parse_args()
-    configure_logging()
     end = time.monotonic() + seconds_of(options.budget)
     options.out.mkdir(parents=True, exist_ok=True)
     found, fingerprint = load_cells(options.out)
-    for cell in cells():
-        if cell not in found and time.monotonic() < end:
-            print("{}, {}, seed {}".format(*cell), file=sys.stderr, flush=True)
-            result = json.dumps(run_cell(*cell, committed_weights()), indent=2) + "\n"
-            write_text(options.out / f"{cell_id(*cell, fingerprint)}.json", result)
+    missing = [cell for cell in cells() if cell not in found]
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        ProcessPoolExecutor(
+            options.jobs, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(threads,)
+        ) as pool,
+    ):
+        running = {}
+        while running or (missing and time.monotonic() < end):
+            while missing and len(running) < options.jobs and time.monotonic() < end:
+                cell = missing.pop(0)
+                running[pool.submit(run_cell, *cell, committed_weights(), Path(cache))] = cell
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                cell = running.pop(done)
+                result = done.result()
+                write_text(options.out / f"{cell_id(*cell, fingerprint)}.json", json.dumps(result, indent=2) + "\n")
+                print("{}, {}, seed {}: {} s".format(*cell, result["seconds"]), file=sys.stderr, flush=True)
     return 0
+
+
+def _begin_worker(threads: int) -> None:
+    import torch
+
+    from lit_personalize.cli.console import configure_logging
+
+    configure_logging()
+    torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":

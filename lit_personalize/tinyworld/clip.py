@@ -28,7 +28,7 @@ WIDTH, PROJECTION, PATCH, SIDE = 128, 128, 8, 64
 def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     """About 1.6 M parameters: two transformers of four layers."""
     shared: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 4,
-                              "num_attention_heads": 4}  # fmt: skip
+                              "num_attention_heads": 4, "projection_dim": PROJECTION}  # fmt: skip
     text = {**shared, "vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length,
             "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
@@ -81,6 +81,6 @@ def train_clip(
 
     run_stage(Stage("clip", {"clip": model}, loss, steps, learning_rate, seconds, ema=0.995), state, log)
     model.eval().half().save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    build_tokenizer(out)  # with the files of older clients
     image_processor().save_pretrained(out)
     return model.float()

@@ -97,7 +97,8 @@ def contrasting(background: str, floor: float = 0.45) -> list[str]:
     return [name for name, rgb in v.COLORS.items() if float(np.linalg.norm(np.array(rgb) - here)) >= floor]
 
 
-_SIZE_RADIUS = {"small": (0.15, 0.18), "medium": (0.24, 0.30), "large": (0.36, 0.40)}
+# Also a small shape is wide enough (12 of 64 pixels to a side of its centre) for latents of a quarter of the side.
+_SIZE_RADIUS = {"small": (0.19, 0.22), "medium": (0.26, 0.31), "large": (0.36, 0.40)}
 
 
 def sample_thing(

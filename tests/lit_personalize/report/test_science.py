@@ -1,0 +1,36 @@
+"""A cell of the matrix runs from pictures to figures, and its name changes with what decides its result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lit_personalize.report import science
+from lit_personalize.tinyworld.build import committed_weights
+
+
+def test_a_cell_trains_and_measures(tmp_path: Path) -> None:
+    figures = science.run_cell("Custom Diffusion, no regularization", "critter-03", 0, committed_weights(), tmp_path, 2)
+    for name in ("attributes", "all attributes", "background"):
+        assert all(0 <= figures[f"{name}{of}"] <= 1 for of in ("", ", real", ", base")), figures
+    assert figures["attributes, real"] >= 0.9, "the reader knows the subject where it is drawn by the renderer"
+    assert figures["attributes, base"] < figures["attributes, real"], "the base alone does not"
+    assert figures["CLIP-I, base"] < figures["CLIP-I, real"]
+    assert figures["nearest training picture, base"] < figures["nearest training picture, real"]
+    assert figures["method"] == "Custom Diffusion, no regularization" and figures["seconds"] > 0
+
+
+@pytest.mark.parametrize("change", ["subject", "seed", "fingerprint", "method"])
+def test_a_cell_is_named_by_what_decides_it(change: str) -> None:
+    given = {"method": "Textual Inversion", "subject": "critter-03", "seed": 0, "fingerprint": "a" * 64}
+    other = {"method": "Custom Diffusion", "subject": "critter-11", "seed": 1, "fingerprint": "b" * 64}
+    assert science.cell_id(**given) == science.cell_id(**given)
+    assert science.cell_id(**given) != science.cell_id(**{**given, change: other[change]})
+
+
+def test_every_method_and_subject_comes_before_the_next_seed() -> None:
+    order = list(science.cells())
+    assert len(order) == len(set(order)) == len(science.METHODS) * len(science.SUBJECTS_FOR_SCIENCE) * 3
+    first = order[: len(order) // 3]
+    assert {seed for _, _, seed in first} == {0} and {method for method, _, _ in first} == set(science.METHODS)
