@@ -1,0 +1,241 @@
+"""What every objective shares: building, optimizer groups, the training step, logging and resuming.
+
+Subclasses say how a batch becomes a `Loss`; they reach adapters only through their protocol.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lit_personalize.adapters.protocol import Adapter
+from lit_personalize.backbones.base import Base
+from lit_personalize.backbones.loading import load_base
+from lit_personalize.batch import Batch
+from lit_personalize.errors import DataError, UsageError
+
+log = logging.getLogger(__name__)
+
+OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
+SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
+
+
+@dataclass
+class Loss:
+    """Per-sample losses and weights, both `[B]`; `terms` are scalars for the log."""
+
+    per_sample: Tensor
+    weights: Tensor
+    terms: dict[str, Tensor] = field(default_factory=dict)
+
+    def reduce(self) -> Tensor:
+        """The one reduction: Σ_b weight_b · loss_b."""
+        return (self.weights * self.per_sample).sum()
+
+
+class Objective(pl.LightningModule):
+    """A loss over adapters on a frozen base; see `Denoising` for the options."""
+
+    strict_loading = False  # frozen weights are not in checkpoints; load_state_dict checks the rest by hand
+
+    def __init__(
+        self,
+        base: str,
+        adapters: list[Adapter],
+        optimizer: OptimizerFactory,
+        lr_scheduler: SchedulerFactory | None,
+        seed: int,
+        base_options: dict[str, Any],
+        gradient_checkpointing: bool,
+    ):
+        super().__init__()
+        if not adapters:
+            raise UsageError("model.adapters is empty: name at least one adapter to train")
+        self.base_name = base
+        self.adapters = nn.ModuleList(adapters)
+        self.optimizer_factory = optimizer
+        self.scheduler_factory = lr_scheduler
+        self.seed = seed
+        self.base_options = base_options
+        self.gradient_checkpointing = gradient_checkpointing
+        self.draws = 0
+        """Training batches drawn so far; the step that keys every random draw."""
+        self.base: Base | None = None
+        self._rates: dict[str, float] = {}
+        self._figures: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def loss(self, batch: Batch, step: int) -> Loss:
+        """Per-sample losses with the draws of `step`."""
+
+    # ---- building ---------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load the base and attach the adapters; a second call does nothing.
+
+        Weights are real and on the CPU whatever device the caller's context names ("meta", too), and
+        the global generator is left as it was.
+        """
+        if self.base is not None:
+            return
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            base = load_base(self.base_name, **self.base_options)
+            for adapter in self.trained:
+                adapter.attach(base, self.seed)
+        if self.gradient_checkpointing:
+            base.unet.enable_gradient_checkpointing()
+        self.base = base
+
+    @property
+    def built(self) -> Base:
+        """The loaded base with its adapters attached.
+
+        Raises:
+            RuntimeError: `configure_model` has not run yet.
+        """
+        if self.base is None:
+            raise RuntimeError("configure_model has not run yet")
+        return self.base
+
+    @property
+    def trained(self) -> list[Adapter]:
+        """The adapters, in order."""
+        return [cast(Adapter, adapter) for adapter in self.adapters]
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """One group per adapter, with its name and the options that it has of its own."""
+        groups = []
+        for adapter in self.trained:
+            group: dict[str, Any] = {"name": adapter.name, "params": list(adapter.factors.values())}
+            group.update({k: v for k in ("lr", "weight_decay") if (v := getattr(adapter, k)) is not None})
+            groups.append(group)
+        return groups
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer_factory(self.parameter_groups())
+        self._rates = self._rates or rates_of(optimizer)
+        if self.scheduler_factory is None:
+            return optimizer
+        scheduler = {"scheduler": self.scheduler_factory(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    # ---- steps ------------------------------------------------------------------------------------
+
+    def transfer_batch_to_device(
+        self, batch: Mapping[str, Any] | Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
+        """Build the typed batch, once for this module and all callbacks."""
+        return Batch.of(batch).to(device)
+
+    def training_step(self, batch: Mapping[str, Any] | Batch, batch_idx: int) -> Tensor:
+        typed = Batch.of(batch)
+        self._refresh()
+        loss = self.loss(typed, self.draws)
+        self.draws += 1
+        total = loss.reduce()
+        self._figures = {"loss": total.detach(), **loss.terms}
+        return total
+
+    def on_train_batch_end(self, outputs: Any, batch: Mapping[str, Any] | Batch, batch_idx: int) -> None:
+        """Log the step's losses if the loggers write them: `log` takes as long as some layers of a small UNet.
+
+        Callbacks have run by now, so a training that one of them ends is known to write its last step.
+        """
+        trainer = self.trainer
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.should_stop or trainer.is_last_batch or (every and trainer.global_step % every == 0):
+            for name, value in self._figures.items():
+                self.log(name, value, prog_bar=name == "loss", batch_size=len(Batch.of(batch)))
+
+    def validation_step(self, batch: Mapping[str, Any] | Batch, batch_idx: int) -> None:
+        """Held-out loss with draws that depend on the batch only, so that steps can be compared."""
+        typed = Batch.of(batch)
+        self._refresh()  # the optimizer moved the factors after the last training step cast them
+        loss = self.loss(typed, batch_idx)
+        self.log("val_loss", loss.reduce(), prog_bar=True, batch_size=len(typed))
+
+    def _refresh(self) -> None:
+        for adapter in self.trained:
+            adapter.refresh(self.built.dtype)
+
+    # ---- checkpoints ------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Only what trains."""
+        full = super().state_dict(*args, **kwargs)
+        return {key: value for key, value in full.items() if key.startswith("adapters.")}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load exactly the trained tensors.
+
+        Raises:
+            DataError: Names or shapes are not those of this run's adapters.
+        """
+        self._refuse_other_adapters(state_dict)
+        return super().load_state_dict(dict(state_dict), strict=False, assign=assign)
+
+    def _refuse_other_adapters(self, state_dict: Mapping[str, Any]) -> None:
+        own = self.state_dict()
+        if set(own) != set(state_dict):
+            missing, unknown = sorted(set(own) - set(state_dict)), sorted(set(state_dict) - set(own))
+            raise DataError(f"checkpoint of other adapters: missing {missing[:3]}, unknown {unknown[:3]}")
+        if wrong := [k for k, v in own.items() if v.shape != state_dict[k].shape]:
+            raise DataError(f"checkpoint of other adapters: {wrong[0]} has another shape")
+
+    def options(self) -> dict[str, Any]:
+        """What decides the loss besides data and seed, for a checkpoint to note."""
+        return {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["litp"] = {
+            "draws": self.draws, "base_fingerprint": self.built.fingerprint, "seed": self.seed,
+            "options": self.options(), "lr": self._rates,
+        }  # fmt: skip
+
+    def check_resumable(self, checkpoint: Mapping[str, Any]) -> None:
+        """Compare a checkpoint with this run; options that differ but can be gone on with are warned of.
+
+        Raises:
+            DataError: It is of another base or of other adapters.
+            UsageError: It was drawn with another seed.
+        """
+        state = checkpoint["litp"]
+        if state["base_fingerprint"] != self.built.fingerprint:
+            raise DataError(
+                f"the checkpoint was trained on base {state['base_fingerprint']}, this run has "
+                f"{self.built.fingerprint} ({self.base_name}); use the same base or a new run name"
+            )
+        if state["seed"] != self.seed:
+            raise UsageError(f"the run was started with seed {state['seed']}, not {self.seed}; use a new run name")
+        if "state_dict" in checkpoint:
+            self._refuse_other_adapters(checkpoint["state_dict"])
+        for name, value in self.options().items():
+            if (before := state.get("options", {}).get(name, value)) != value:
+                log.warning(
+                    "model.%s was %r when the checkpoint was written and is %r now: the run goes on, "
+                    "but is not the one that it would have been", name, before, value,
+                )  # fmt: skip
+        for name, rate in rates_of(self.optimizer_factory(self.parameter_groups())).items():
+            if (kept := state.get("lr", {}).get(name, rate)) != rate:
+                log.warning(
+                    "the learning rate of %s was %g when the checkpoint was written and is %g now: the run goes on "
+                    "with %g, which the optimizer keeps; use a new run name for another", name, kept, rate, kept,
+                )  # fmt: skip
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_resumable(checkpoint)
+        state = checkpoint["litp"]
+        self.draws = state["draws"]
+        self._rates = dict(state.get("lr", {}))
+
+
+def rates_of(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Learning rates by the names of the parameter groups."""
+    return {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
