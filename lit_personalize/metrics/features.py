@@ -22,17 +22,14 @@ def clip_directory(path: str | Path | None, base: str) -> Path:
     """The CLIP that judges pictures of `base`: the one that is named, or on tinyworld the embedded one.
 
     Raises:
-        UsageError: None is named, and the base is another or no CLIP is embedded.
+        UsageError: None is named, and the base is another.
     """
     if path:
         return Path(path)
     if base == "tinyworld":
         from lit_personalize.tinyworld.build import committed_weights
 
-        embedded = committed_weights() / "clip"
-        if not embedded.is_dir():
-            raise UsageError("this version has no embedded CLIP: name a local directory of a CLIPModel to judge with")
-        return embedded
+        return committed_weights() / "clip"
     raise UsageError(
         "no CLIP to judge the pictures with: name a local directory of a CLIPModel, "
         "for example a copy of openai/clip-vit-base-patch32"

@@ -61,6 +61,17 @@ def measure(base: Base, reader_dir: Path, counts: dict[Kind, int] | None = None,
     }
 
 
+def caption_retrieval(clip_dir: Path, pictures: int = 960, among: int = 96) -> float:
+    """Share of unseen pictures, held-out attributes included, whose caption is nearest among `among` of them."""
+    from lit_personalize.metrics.alignment import cosines
+    from lit_personalize.metrics.features import Clip
+
+    made, clip = sample_pictures(pictures, 77, split="test", population="all"), Clip(clip_dir)
+    matrix = cosines(clip.images(made.pixels), clip.texts([caption(scene) for scene in made.scenes]))
+    blocks = [matrix[i : i + among, i : i + among] for i in range(0, pictures, among)]
+    return float(np.mean([(block.argmax(1).numpy() == np.arange(len(block))).mean() for block in blocks]))
+
+
 def showcase() -> list[Scene]:
     """Sixty-four scenes for the picture: eight rows of one kind each."""
     rng = np.random.default_rng(64)
@@ -92,6 +103,8 @@ def table(card: dict[str, Any]) -> str:
     rows = ["| balanced accuracy (%) | base | VAE ceiling | real renders |", "| --- | --- | --- | --- |"]
     for name, value in card["base"].items():
         rows.append(f"| {name} | {100 * value:.1f} | {100 * card['vae'][name]:.1f} | {100 * card['real'][name]:.1f} |")
+    if found := card.get("CLIP, caption found among 96"):
+        rows += ["", f"The metric CLIP finds the caption of an unseen picture among 96 in {100 * found:.1f} %."]
     return "\n".join(rows)
 
 
@@ -109,6 +122,8 @@ def write_card(
         "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in base.components().items()},
         "bytes": {name: size for name, size in sizes.items() if not name.startswith(".")},
     }
+    if (out / "clip").is_dir():
+        card["CLIP, caption found among 96"] = round(caption_retrieval(out / "clip"), 4)
     (out / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     if docs is not None:
         scenes = showcase()

@@ -22,6 +22,7 @@ from lit_personalize.metrics.features import Clip, Dino, clip_directory
 from lit_personalize.metrics.kernel_distance import KERNELS, mmd2
 from lit_personalize.metrics.suites import customconcept101, dreambooth
 from lit_personalize.sampling.sampler import SamplingOptions, generate
+from lit_personalize.tinyworld.card import caption_retrieval
 
 
 def _features(n: int, d: int = 16, seed: int = 0, shift: float = 0.0) -> Tensor:
@@ -216,15 +217,16 @@ def test_missing_metric_models_are_named(tmp_path: Path) -> None:
         Clip(tmp_path)
 
 
-def test_which_clip_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_personalize.tinyworld.build.committed_weights", lambda: tmp_path)
+def test_which_clip_judges() -> None:
     assert clip_directory("here", "tinyworld") == Path("here")
-    with pytest.raises(UsageError, match="no embedded CLIP"):
-        clip_directory(None, "tinyworld")
-    (tmp_path / "clip").mkdir()
-    assert clip_directory(None, "tinyworld") == tmp_path / "clip"
+    assert (clip_directory(None, "tinyworld") / "config.json").is_file()
     with pytest.raises(UsageError, match="no CLIP to judge"):
         clip_directory("", "sd15")
+
+
+def test_the_embedded_clip_finds_the_caption_of_an_unseen_picture() -> None:
+    right = caption_retrieval(Path(clip_directory(None, "tinyworld")), pictures=96)
+    assert 0.85 < right <= 1, "one in 96 by chance"
 
 
 def test_dreambooth_suite_is_read_in_its_published_layout(tmp_path: Path) -> None:
