@@ -152,19 +152,21 @@ def instantiate(parser: LightningArgumentParser, config: Namespace) -> Namespace
 
 
 def _with_paths(arguments: Sequence[str]) -> list[str]:
-    """Replace recipe names behind -c by their paths."""
-    out: list[str] = []
+    """Put the configuration files first, so that options win wherever they stand; recipe names become paths."""
+    files: list[str] = []
+    options: list[str] = []
     expect = False
     for argument in arguments:
         if expect:
-            out.append(str(_readable(recipe_path(argument))))
+            files.append(f"--config={_readable(recipe_path(argument))}")
+            expect = False
+        elif argument in ("-c", "--config"):
+            expect = True
         elif argument.startswith(("--config=", "-c=")):
-            flag, _, name = argument.partition("=")
-            out.append(f"{flag}={_readable(recipe_path(name))}")
+            files.append(f"--config={_readable(recipe_path(argument.partition('=')[2]))}")
         else:
-            out.append(argument)
-        expect = not expect and argument in ("-c", "--config")
-    return out
+            options.append(argument)
+    return [*files, *options, *(["--config"] if expect else [])]
 
 
 def _readable(path: Path) -> Path:

@@ -69,3 +69,10 @@ def test_nothing_is_inserted_for_what_is_given_once(first: str) -> None:
     assert replace_lists(given) == given
     again = replace_lists([*given, "--data", "{init_args: {concepts: [{path: pots}]}}"])
     assert again == [*given, "--data.init_args.concepts=[]", "--data", "{init_args: {concepts: [{path: pots}]}}"]
+
+
+def test_options_win_over_files_wherever_they_stand(first: str) -> None:
+    given = ["--name", "mine", "--data.init_args.concepts", "[{path: pots}]"]
+    _, config = parse([*given, "-c", "lora/tinyworld", "-c", first])
+    assert config.name == "mine"
+    assert [c.path for c in config.data.init_args.concepts] == ["pots"]
