@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,7 +201,7 @@ def main() -> int:
             options.jobs, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(threads,)
         ) as pool,
     ):
-        running = {}
+        running: dict[Future[dict[str, Any]], tuple[str, str, int]] = {}
         while running or (missing and time.monotonic() < end):
             while missing and len(running) < options.jobs and time.monotonic() < end:
                 cell = missing.pop(0)

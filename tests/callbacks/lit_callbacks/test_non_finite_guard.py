@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from tiny_training import train
 
+from lit_callbacks import non_finite_guard
 from lit_callbacks.non_finite_guard import NonFiniteGuard
 from lit_callbacks.run_checkpoint import RunCheckpoint
 from lit_personalize import checkpoints
@@ -88,3 +90,13 @@ def test_weights_broken_by_the_last_step(base: Path, tmp_path: Path) -> None:
 def test_broken_weights_are_not_skipped(base: Path, tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match="the step before must have broken them"):
         train(base, tmp_path, 4, [Spoil("weight"), NonFiniteGuard(skip_budget=100)])
+
+
+@pytest.mark.parametrize("where", ["small", "large"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -7.0])
+def test_one_bad_number_among_many_is_seen(where: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(non_finite_guard, "SMALL", 50)
+    tensors = {"small": [torch.ones(2, 3), torch.ones(4, dtype=torch.float64)], "large": [torch.ones(10, 9)]}
+    tensors[where][0][1, 2] = value
+    found = float(non_finite_guard._largest(tensors["small"] + tensors["large"]))
+    assert found == abs(value) or (math.isnan(value) and math.isnan(found))
