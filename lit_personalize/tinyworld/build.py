@@ -22,7 +22,7 @@ from lit_personalize.errors import UsageError
 from lit_personalize.tinyworld.dataset import Pictures, sample_pictures
 from lit_personalize.tinyworld.training import Log
 
-VERSION = "tinyworld-v0.2"
+VERSION = "tinyworld-v1"
 SHARES = {"vae": 0.15, "reader": 0.15, "clip": 0.10, "base": 0.55}  # the rest renders and scores
 
 
