@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lit_personalize.cli.console import add_json, configure_logging, emit, run_report, where_things_are
 
-STEPS = 300
+STEPS = 250
 
 
 def build_parser() -> argparse.ArgumentParser:
