@@ -57,19 +57,11 @@ def prepare(folder: Path, steps: int | None = None) -> Path:
     """Render the subject and the regularization set, and write run.yaml; keeps what is there."""
     from lit_personalize.cli.init import run_yaml
     from lit_personalize.tinyworld import dataset
-    from lit_personalize.tinyworld.captions import background_phrase
-    from lit_personalize.tinyworld.concepts import QUICKSTART_SUBJECT, subject_pictures
+    from lit_personalize.tinyworld.concepts import QUICKSTART_SUBJECT, write_photos
 
     photos, shards, config = folder / "photos", folder / "regularization", folder / "run.yaml"
     if not photos.is_dir():
-        pictures = subject_pictures(QUICKSTART_SUBJECT, 5, seed=0)
-        dataset.write_folder(pictures, photos)
-        for extra in photos.glob("*.json"):
-            extra.unlink()
-        for sidecar, scene in zip(sorted(photos.glob("*.txt")), pictures.scenes, strict=True):
-            # What the caption says of the background need not be learned as part of the subject.
-            said = f"photo of a <new1> {QUICKSTART_SUBJECT.class_noun} {background_phrase(scene.background)}"
-            sidecar.write_text(said + "\n", encoding="utf-8")
+        write_photos(QUICKSTART_SUBJECT, photos, 5, 0, "<new1>")
     if not shards.is_dir():
         dataset.write_shards(dataset.sample_pictures(200, seed=5, kind="critter"), shards)
     if not config.exists():

@@ -17,10 +17,11 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ from lit_personalize.tinyworld.concepts import (
     Subject,
     class_pictures,
     subject_pictures,
+    write_photos,
 )
 
 SEEDS = (0, 1, 2)
@@ -86,9 +88,7 @@ def cells() -> Iterator[tuple[str, str, int]]:
                 yield method, subject, seed
 
 
-def run_cell(
-    method: str, name: str, seed: int, weights: Path, cache: Path, steps: int | None = None
-) -> dict[str, Any]:
+def run_cell(method: str, name: str, seed: int, weights: Path, cache: Path, steps: int | None = None) -> dict[str, Any]:
     """Train one subject with one method and measure it; generated sets are kept in `cache`."""
     from lit_personalize.fitting import fit
     from lit_personalize.tinyworld import dataset
@@ -98,12 +98,10 @@ def run_cell(
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        dataset.write_folder(subject_pictures(subject, 5, seed), work / "photos")
-        for extra in [*(work / "photos").glob("*.txt"), *(work / "photos").glob("*.json")]:
-            extra.unlink()
-        token = "" if "dreambooth" in entry.recipe else f", token: {TOKEN}"
-        prompt = f"photo of a sks {noun}" if "dreambooth" in entry.recipe else "photo of a {token} {class}"
-        concept = f'{{path: {work / "photos"}, class_noun: {noun}{token}, prompt: "{prompt}"}}'
+        dreambooth = "dreambooth" in entry.recipe
+        write_photos(subject, work / "photos", 5, seed, "sks" if dreambooth else TOKEN)
+        token = "" if dreambooth else f", token: {TOKEN}"
+        concept = f"{{path: {work / 'photos'}, class_noun: {noun}{token}}}"
         arguments = ["-c", entry.recipe, "--name", "cell", "--root", folder,
                      "--data.init_args.concepts", f"[{concept}]",
                      "--model.init_args.seed", str(seed), "--data.init_args.seed", str(seed),
@@ -119,7 +117,7 @@ def run_cell(
         if steps is not None:
             arguments += ["--trainer.max_steps", str(steps)]
         run = fit(arguments)
-        figures = measure(subject, run.path, weights, seed, "sks" if "dreambooth" in entry.recipe else TOKEN)
+        figures = measure(subject, run.path, weights, seed, "sks" if dreambooth else TOKEN)
     return {"method": method, "subject": name, "seed": seed, **figures, "seconds": round(time.monotonic() - started)}
 
 
@@ -141,7 +139,7 @@ def measure(subject: Subject, run: Path, weights: Path, seed: int, word: str) ->
     from lit_personalize.metrics.kernel_distance import mmd2
     from lit_personalize.sampling.sampler import generate
     from lit_personalize.tinyworld.reader import Reader
-    from lit_personalize.tinyworld.suite import prompts_of, shares
+    from lit_personalize.tinyworld.suite import asked_pictures, prompts_of, shares
 
     base = load_base("tinyworld")
     adapter = load_adapter(run / "exports", base)
@@ -157,12 +155,11 @@ def measure(subject: Subject, run: Path, weights: Path, seed: int, word: str) ->
     class_base = clip.images(_untouched((noun,) * 32, tuple(range(100, 132))))
     floor = _untouched(tuple(plain), tuple(1000 * seed + i for i in range(len(plain))))
     training = clip.images(subject_pictures(subject, 5, seed).pixels)
-    real = np.concatenate([subject_pictures(subject, 1, 900 + i, (g,)).pixels for i, g in enumerate(grounds)])
     figures = {
         "CLIP-T normalised": alignment.normalised_text_alignment(own, clip.texts(plain)),
         "KID x 1000, class prompt": 1000 * mmd2(class_with, class_base, "kid"),
     }
-    for suffix, pixels in (("", drawn), (", real", real), (", base", floor)):
+    for suffix, pixels in (("", drawn), (", real", asked_pictures(subject, grounds)), (", base", floor)):
         features = clip.images(pixels)
         values = shares(pixels, subject, grounds, reader)
         values["CLIP-I"] = alignment.image_alignment(features, training)
@@ -182,36 +179,55 @@ def load_cells(folder: Path) -> tuple[dict[tuple[str, str, int], dict[str, Any]]
     return found, fingerprint
 
 
-def main() -> int:
-    from lit_personalize.tinyworld.build import committed_weights, seconds_of
+def main(arguments: list[str] | None = None) -> int:
+    from lit_personalize.tinyworld.build import seconds_of
 
     parser = argparse.ArgumentParser(description="Measure the methods on the embedded world.")
     parser.add_argument("--budget", default="60m", help="wall-clock limit; a started cell is finished")
     parser.add_argument("--jobs", type=int, default=1, help="cells at once, each with its share of the cores")
     parser.add_argument("--out", type=Path, default=Path("docs/science"))
-    options = parser.parse_args()
-    end = time.monotonic() + seconds_of(options.budget)
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: at least 1")
     options.out.mkdir(parents=True, exist_ok=True)
-    found, fingerprint = load_cells(options.out)
+    try:
+        failed = run_missing(options.out, time.monotonic() + seconds_of(options.budget), options.jobs)
+    except KeyboardInterrupt:
+        print(f"stopped; finished cells are in {options.out}, the same command goes on", file=sys.stderr)
+        return 130
+    return 1 if failed else 0
+
+
+def run_missing(out: Path, end: float, jobs: int, run: Callable[..., dict[str, Any]] = run_cell) -> int:
+    """Measure the cells that `out` lacks, started before the time `end`; the number of those that failed."""
+    from lit_personalize.tinyworld.build import committed_weights
+
+    found, fingerprint = load_cells(out)
     missing = [cell for cell in cells() if cell not in found]
-    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    failed = 0
+    threads = max(1, (os.cpu_count() or 1) // jobs)
     with (
         tempfile.TemporaryDirectory() as cache,
         ProcessPoolExecutor(
-            options.jobs, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(threads,)
+            jobs, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(threads,)
         ) as pool,
     ):
         running: dict[Future[dict[str, Any]], tuple[str, str, int]] = {}
         while running or (missing and time.monotonic() < end):
-            while missing and len(running) < options.jobs and time.monotonic() < end:
+            while missing and len(running) < jobs and time.monotonic() < end:
                 cell = missing.pop(0)
-                running[pool.submit(run_cell, *cell, committed_weights(), Path(cache))] = cell
+                running[pool.submit(run, *cell, committed_weights(), Path(cache))] = cell
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 cell = running.pop(done)
+                named = "{}, {}, seed {}".format(*cell)
+                if (error := done.exception()) is not None:  # the others go on
+                    failed += 1
+                    print(f"{named}: failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                    continue
                 result = done.result()
-                write_text(options.out / f"{cell_id(*cell, fingerprint)}.json", json.dumps(result, indent=2) + "\n")
-                print("{}, {}, seed {}: {} s".format(*cell, result["seconds"]), file=sys.stderr, flush=True)
-    return 0
+                write_text(out / f"{cell_id(*cell, fingerprint)}.json", json.dumps(result, indent=2) + "\n")
+                print(f"{named}: {result['seconds']} s", file=sys.stderr, flush=True)
+    return failed
 
 
 def _begin_worker(threads: int) -> None:
@@ -219,6 +235,7 @@ def _begin_worker(threads: int) -> None:
 
     from lit_personalize.cli.console import configure_logging
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a traceback; the parent says the rest
     configure_logging()
     torch.set_num_threads(threads)
 

@@ -8,10 +8,13 @@ training: a held-out colour and texture on a base shape, or a body and a set of 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from lit_personalize.tinyworld import vocabulary as v
+from lit_personalize.tinyworld.captions import background_phrase
 from lit_personalize.tinyworld.dataset import Pictures
 from lit_personalize.tinyworld.render import render
 from lit_personalize.tinyworld.scene import Scene, Thing, contrasting, sample_split
@@ -115,3 +118,18 @@ def class_pictures(subject: Subject, count: int, seed: int = 0) -> Pictures:
         if subject.is_critter or scene.things[0].shape == subject.class_noun:
             scenes.append(scene)
     return Pictures(np.stack([render(scene) for scene in scenes]), scenes)
+
+
+def write_photos(subject: Subject, folder: Path, count: int, seed: int, word: str) -> Pictures:
+    """Write `count` pictures of a subject, `NAME.png`, with captions beside them, `NAME.txt`.
+
+    A caption says the new word, the class and the background: what it says of the background need not be
+    learned as part of the subject.
+    """
+    pictures = subject_pictures(subject, count, seed)
+    folder.mkdir(parents=True)
+    for i, (pixels, scene) in enumerate(zip(pictures.pixels, pictures.scenes, strict=True)):
+        Image.fromarray(pixels).save(folder / f"{i:05d}.png")
+        said = f"photo of a {word} {subject.class_noun} {background_phrase(scene.background)}"
+        (folder / f"{i:05d}.txt").write_text(said + "\n", encoding="utf-8")
+    return pictures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,27 @@ def test_every_method_and_subject_comes_before_the_next_seed() -> None:
     assert len(order) == len(set(order)) == len(science.METHODS) * len(science.SUBJECTS_FOR_SCIENCE) * 3
     first = order[: len(order) // 3]
     assert {seed for _, _, seed in first} == {0} and {method for method, _, _ in first} == set(science.METHODS)
+
+
+def one_of_two(method: str, subject: str, seed: int, weights: Path, cache: Path) -> dict[str, object]:
+    """A cell that fails for a subject; runs in a process of its own."""
+    if subject == science.SUBJECTS_FOR_SCIENCE[0]:
+        raise MemoryError("too large a picture")
+    return {"method": method, "subject": subject, "seed": seed, "seconds": 1}
+
+
+def test_a_failing_cell_is_told_and_loses_no_other(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(science, "SEEDS", (0,))
+    count = len(science.METHODS)
+    assert science.run_missing(tmp_path, time.monotonic() + 600, 2, one_of_two) == count
+    err = capfd.readouterr().err
+    assert err.count("failed: MemoryError: too large a picture") == count and "Traceback" not in err
+    assert len(list(tmp_path.glob("*.json"))) == len(list(science.cells())) - count
+
+
+def test_no_jobs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        science.main(["--jobs", "0", "--out", str(tmp_path)])
+    assert "--jobs 0: at least 1" in capsys.readouterr().err

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lit_personalize.tinyworld.build import committed_weights
+from lit_personalize.tinyworld.card import ASKED, table
 from lit_personalize.tinyworld.card import test_scenes as unseen_scenes
 from lit_personalize.tinyworld.reader import Reader
 from lit_personalize.tinyworld.render import render
@@ -55,3 +57,11 @@ def test_the_card_is_that_of_these_weights() -> None:
 
     card = json.loads((committed_weights() / "card.json").read_text())
     assert card["fingerprint"] == fingerprint_of(committed_weights() / "base")
+    assert all(card["base"][name] >= floor for name, (_, floor) in ASKED.items())
+
+
+def test_the_page_shows_the_card_of_these_weights() -> None:
+    docs = Path(__file__).parents[3] / "docs"
+    card = json.loads((committed_weights() / "card.json").read_text())
+    assert (docs / "tinyworld_scores.md").read_text() == table(card) + "\n"
+    assert f"`{card['version']}`" in (docs / "tinyworld.md").read_text()
