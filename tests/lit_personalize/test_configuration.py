@@ -1,12 +1,13 @@
-"""A list of a later file or of the command line replaces the one before it; mappings are merged."""
+"""What files and options make together: lists are replaced, mappings merged, classes named by their path."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 
-from lit_personalize.configuration import parse
+from lit_personalize.configuration import instantiate, parse
 from lit_personalize.list_replacement import replace_lists
 
 CATS = "[{path: cats, class_noun: cat, token: <new1>, repeats: 3}]"
@@ -52,7 +53,7 @@ def test_a_later_file_replaces_lists_and_merges_mappings(first: str, tmp_path: P
 
 @pytest.mark.parametrize("key", ["--data.init_args.concepts", "--data.concepts"])
 @pytest.mark.parametrize("joined", [True, False])
-def test_the_command_line_replaces_a_list(first: str, key: str, joined: bool) -> None:
+def test_the_replaces_a_list(first: str, key: str, joined: bool) -> None:
     value = "[{path: pots}]"
     given = [f"{key}={value}"] if joined else [key, value]
     assert _concepts("-c", first, *given) == [("pots", "", None, 1)]
@@ -76,3 +77,16 @@ def test_options_win_over_files_wherever_they_stand(first: str) -> None:
     _, config = parse([*given, "-c", "lora/tinyworld", "-c", first])
     assert config.name == "mine"
     assert [c.path for c in config.data.init_args.concepts] == ["pots"]
+
+
+@pytest.mark.parametrize("where", ["file", "command line"])
+def test_a_scheduler_of_the_learning_rate_is_named_like_an_optimizer(where: str, first: str, tmp_path: Path) -> None:
+    cosine = "{class_path: torch.optim.lr_scheduler.CosineAnnealingLR, init_args: {T_max: 300}}"
+    (tmp_path / "more.yaml").write_text(f"name: run\nmodel: {{init_args: {{lr_scheduler: {cosine}}}}}\n")
+    given = {"file": ["-c", str(tmp_path / "more.yaml")],
+             "command line": ["--name", "run", "--model.init_args.lr_scheduler", cosine]}[where]  # fmt: skip
+    objective = instantiate(*parse(["-c", "lora/tinyworld", "-c", first, *given])).model
+    objective.configure_model()
+    made = objective.configure_optimizers()["lr_scheduler"]
+    assert isinstance(made["scheduler"], torch.optim.lr_scheduler.CosineAnnealingLR)
+    assert made["scheduler"].T_max == 300 and made["interval"] == "step"
