@@ -20,17 +20,22 @@ TARGETS: dict[str, list[str]] = {
     "attention": ["to_q", "to_k", "to_v", "to_out.0"],
     "key_value": ["attn2.to_k", "attn2.to_v"],
     "query_value": ["to_q", "to_v"],
-}
+    "blocks": [
+        "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
+        "conv1", "conv2", "conv_shortcut",
+    ],
+}  # fmt: skip
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 class LoRA(Adapter):
-    """LoRA on linear layers of the UNet and, on request, of the text encoders.
+    """LoRA on layers of the UNet and, on request, of the text encoders.
 
     Args:
         rank: R, at least 1: A is `[R, in]` and B `[out, R]`, so a layer has R · (in + out) parameters.
         alpha: Scale numerator; None means alpha = rank, so s = 1.
-        targets: "attention", "key_value" (cross-attention K and V), "query_value", or name endings.
+        targets: "attention", "key_value" (cross-attention K and V), "query_value", "blocks" (all linear layers and
+            convolutions of transformer and residual blocks), or name endings.
         text_encoder: Also adapt the attention of every text encoder.
         init: Of A: "gaussian" = N(0, 1/R²), as diffusers' scripts; "kaiming" = U(±1/√in), PEFT's default.
     """
@@ -80,7 +85,7 @@ class LoRA(Adapter):
             with torch.random.fork_rng(devices=[]):  # PEFT initialises from the global generator; overwritten below
                 inject_adapter_in_model(config, module, adapter_name=self.name)
         except ValueError as error:
-            raise UsageError(f"LoRA targets {targets} match no linear layer of {component}: {error}") from error
+            raise UsageError(f"LoRA targets {targets} match no layer of {component}: {error}") from error
         for path, layer in module.named_modules():
             if isinstance(layer, LoraLayer) and self.name in layer.lora_A:
                 full = f"{component}.{path}"
@@ -95,7 +100,7 @@ class LoRA(Adapter):
         if self.init == "gaussian":
             return randomness.normal(shape, seed, "lora-init", 0, [layer])[0] / self.rank
         draws = randomness.generator(seed, "lora-init", 0, layer).random(tuple(shape), dtype="float32")
-        return (2 * torch.from_numpy(draws) - 1) / shape[1] ** 0.5
+        return (2 * torch.from_numpy(draws) - 1) / shape[1:].numel() ** 0.5
 
     def refresh(self, dtype: torch.dtype) -> None:
         if dtype == torch.float32 and self._dtype == dtype:
@@ -119,7 +124,8 @@ class LoRA(Adapter):
         return list(self._peft)
 
     def delta(self, layer: str) -> Tensor:
-        return (self.alpha / self.rank) * (self.factor(f"{layer}:B") @ self.factor(f"{layer}:A"))
+        up, down = self.factor(f"{layer}:B"), self.factor(f"{layer}:A")
+        return (self.alpha / self.rank) * (up.flatten(1) @ down.flatten(1))
 
     def export_weights(self) -> AdapterWeights:
         def copy(name: str) -> Tensor:

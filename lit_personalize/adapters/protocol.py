@@ -21,9 +21,9 @@ class LowRank:
     """One layer's ΔW = (alpha / rank) · up · down, on the CPU in fp32."""
 
     down: Tensor
-    """`[R, in]`"""
+    """`[R, in]`; of a convolution `[R, in, height, width]`."""
     up: Tensor
-    """`[out, R]`"""
+    """`[out, R]`; of a convolution `[out, R, 1, 1]`."""
     alpha: float
 
     @property
@@ -32,8 +32,8 @@ class LowRank:
         return self.down.shape[0]
 
     def delta(self) -> Tensor:
-        """ΔW `[out, in]`."""
-        return (self.alpha / self.rank) * (self.up @ self.down)
+        """ΔW as a matrix `[out, in]`; of a convolution `[out, in * height * width]`."""
+        return (self.alpha / self.rank) * (self.up.flatten(1) @ self.down.flatten(1))
 
     def concatenate(self, other: LowRank) -> LowRank:
         """The exact sum of two changes: ranks stand side by side, scales are multiplied into `up`."""

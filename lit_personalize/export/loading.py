@@ -170,7 +170,7 @@ def _parse_embedding(tensors: Mapping[str, Tensor], metadata: Mapping[str, str],
 def _check_shapes(weights: AdapterWeights, shapes: Mapping[str, tuple[int, int]], path: Path) -> None:
     """Compare every layer with the base's."""
     found = {layer: tuple(delta.shape) for layer, delta in weights.dense.items()}
-    found |= {layer: (f.up.shape[0], f.down.shape[1]) for layer, f in weights.low_rank.items()}
+    found |= {layer: (f.up.shape[0], f.down.flatten(1).shape[1]) for layer, f in weights.low_rank.items()}
     for layer, shape in found.items():
         if shape != shapes[layer]:
             raise DataError(
@@ -204,8 +204,7 @@ def _parse_lora(
         layer = _known(match["layer"], known, path, default)
         if tensor.ndim not in (2, 4) or (side == "up" and tensor[0, 0].numel() != 1):
             raise DataError(f"{path}: {key} has shape {tuple(tensor.shape)}; factors are [R, in] and [out, R]")
-        # A convolution's factors are matrices over channels times taps.
-        parts.setdefault(layer, {})[side] = tensor.float().flatten(1).contiguous()
+        parts.setdefault(layer, {})[side] = tensor.float().contiguous()
     settings = settings_of(metadata, path, default)
     found: dict[str, LowRank] = {}
     for layer, sides in parts.items():

@@ -45,7 +45,7 @@ from lit_personalize.tinyworld.concepts import (
 
 SEEDS = (0, 1, 2)
 TOKEN = "<new1>"
-OPTIONS = SamplingOptions(steps=25, guidance=4.0, batch_size=16)
+OPTIONS = SamplingOptions(steps=15, guidance=2.0, scheduler="dpm", batch_size=16)
 
 
 @dataclass(frozen=True)

@@ -42,11 +42,13 @@ def test_stock_clients_give_back_what_was_trained(
     assert by_kind["diffusers"].largest_error <= 1.1e-3
 
 
+@pytest.mark.parametrize("targets", ["attention", "blocks"])
+@pytest.mark.parametrize("family", ["sd1", "sd2-v", "sdxl"])
 def test_low_rank_adapters_come_back_to_fp32_precision(
-    tiny_bases: dict[str, Path], train: Train, tmp_path: Path
+    tiny_bases: dict[str, Path], train: Train, tmp_path: Path, family: str, targets: str
 ) -> None:
-    base, weights = train(tiny_bases["sd1"], [LoRA(rank=2, alpha=5.0)])
-    report = verify(export(weights, tmp_path, base, "run"), base, weights)
+    base, weights = train(tiny_bases[family], [LoRA(rank=2, alpha=5.0, targets=targets)])
+    report = verify(export(weights, tmp_path, base, "run", ["diffusers", "kohya", "peft"]), base, weights, "a cat")
     assert all(f.largest_error <= 1e-6 and f.allowed_error == 1e-6 for f in report.files)
     kohya = load_file(tmp_path / "run.kohya.safetensors")
     assert {float(t) for k, t in kohya.items() if k.endswith(".alpha")} == {5.0}
