@@ -1,10 +1,11 @@
 """Steps per second of the trainer against a bare hand-written PyTorch + PEFT loop, side by side in one run.
 
 Both train the same rank-4 LoRA on the embedded base, with the same loader, cached latents and draws of the same
-size, no sampling and no checkpoint in the timed part. They take turns, some steps each, inside one fit: so a machine
-that slows down slows both, and the result is the median of the ratios of neighbouring rounds.
+size; the trainer has the callbacks that every fit has. No sampling and no checkpoint in the timed part. They take
+turns, some steps each, inside one fit: so a machine that slows down slows both, and the result is the median of the
+ratios of neighbouring rounds.
 
-    python benchmarks/trainer_vs_loop.py [--steps 20] [--rounds 9] [--base DIR] [--clock cpu] [--out FILE]
+    python benchmarks/trainer_vs_loop.py [--steps 20] [--rounds 25] [--base DIR] [--clock cpu] [--out FILE]
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import lightning.pytorch as pl
 import torch
 
 from lit_callbacks.non_finite_guard import NonFiniteGuard
+from lit_callbacks.progress import Progress
+from lit_callbacks.run_checkpoint import RunCheckpoint
 from lit_callbacks.throughput import Throughput
 from lit_datamodules.personalization import Concept, PersonalizationData
 from lit_personalize.adapters.lora import LoRA
@@ -125,7 +128,7 @@ def measure(photos: Path, source: str, batch: int, steps: int, rounds: int, cloc
         trainer = pl.Trainer(
             max_steps=WARMUP + rounds * steps, logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, default_root_dir=folder, accelerator="cpu",
-            callbacks=[NonFiniteGuard(), Throughput(), turns],
+            callbacks=[NonFiniteGuard(), Throughput(), Progress(), RunCheckpoint(Path(folder), every=10**9), turns],
         )  # fmt: skip
         trainer.fit(objective, datamodule=data_of(photos, objective.built, batch))
     pairs = zip(turns.loop_seconds, turns.trainer_seconds, strict=True)
@@ -167,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Trainer against a bare loop, side by side.")
     parser.add_argument("--base", default="tinyworld")
     parser.add_argument("--steps", type=int, default=20, help="of each in a round")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: seconds of all threads")
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     options = parser.parse_args()

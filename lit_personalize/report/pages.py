@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lit_personalize.errors import DataError
 from lit_personalize.metrics.alignment import interval
-from lit_personalize.report.science import METHODS, SEEDS, load_cells
+from lit_personalize.report.science import METHODS, OPTIONS, SEEDS, load_cells
 from lit_personalize.tinyworld.concepts import SUBJECTS_FOR_SCIENCE
 
 Cells = dict[tuple[str, str, int], dict[str, Any]]
@@ -28,6 +28,7 @@ COLUMNS = (
 )  # fmt: skip
 BAR = {"attributes": 0.70, "background": 0.85}
 """What the best recipe must reach."""
+SCHEDULERS = {"ddim": "DDIM", "dpm": "DPM-Solver++", "euler": "Euler"}
 PAGES = {"Custom Diffusion": "custom_diffusion", "DreamBooth-LoRA": "dreambooth_lora",
          "Textual Inversion": "textual_inversion"}  # fmt: skip
 
@@ -132,7 +133,8 @@ def overview(cells: Cells, fingerprint: str) -> str:
     count, seeds = len(SUBJECTS_FOR_SCIENCE), ", ".join(map(str, SEEDS))
     return f"""# Methods on the embedded world
 
-{count} held-out subjects, five pictures each, seeds {seeds}; base `{fingerprint}`.
+{count} held-out subjects, five pictures each with captions that name the background, seeds {seeds}; base
+`{fingerprint}`. Pictures: {OPTIONS.steps} steps of {SCHEDULERS[OPTIONS.scheduler]}, guidance {OPTIONS.guidance:g}.
 Written by `make science` from the cells in this folder. Mean and 95 % bootstrap interval over subjects and seeds.{cost}
 
 {table(cells)}

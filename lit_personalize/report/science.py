@@ -1,7 +1,7 @@
 """The matrix of methods x subjects x seeds on the embedded world, resumable, one JSON file per cell.
 
-A cell is named by a hash of its recipe, the base's fingerprint, the subject and the seed: a changed
-recipe or base makes new cells, finished ones are never repeated, missing ones print as missing.
+A cell is named by a hash of its recipe, how pictures are drawn, the base's fingerprint, the subject
+and the seed: a changed recipe or base makes new cells, finished ones are never repeated, missing ones print as missing.
 
     python -m lit_personalize.report.science [--budget 60m] [--jobs 2] [--out docs/science]
 
@@ -76,7 +76,7 @@ def cell_id(method: str, subject: str, seed: int, fingerprint: str) -> str:
 
     entry = METHODS[method]
     recipe = yaml.safe_load((RECIPES / f"{entry.recipe}.yaml").read_text(encoding="utf-8"))  # comments change nothing
-    text = json.dumps([recipe, entry.regularization, entry.changes, fingerprint, subject, seed])
+    text = json.dumps([recipe, entry.regularization, entry.changes, str(OPTIONS), fingerprint, subject, seed])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
