@@ -126,7 +126,7 @@ def measure(photos: Path, source: str, batch: int, steps: int, rounds: int, cloc
     turns = TakeTurns(Loop(photos, source, batch), steps, CLOCKS[clock])
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
-            max_steps=WARMUP + rounds * steps, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            max_steps=WARMUP + rounds * steps, logger=False, enable_checkpointing=False,
             enable_model_summary=False, default_root_dir=folder, accelerator="cpu",
             callbacks=[NonFiniteGuard(), Throughput(), Progress(), RunCheckpoint(Path(folder), every=10**9), turns],
         )  # fmt: skip
