@@ -2,8 +2,8 @@
 
 Both train the same rank-4 LoRA on the embedded base, with the same loader, cached latents and draws of the same
 size; the trainer has the callbacks that every fit has. No sampling and no checkpoint in the timed part. They take
-turns, some steps each, inside one fit: so a machine that slows down slows both, and the result is the median of the
-ratios of neighbouring rounds.
+turns, some steps each, inside one fit: so a machine that slows down slows both. Every step is timed; the result is the
+median over the rounds of the ratio of the two median steps.
 
     python benchmarks/trainer_vs_loop.py [--steps 20] [--rounds 25] [--base DIR] [--clock cpu] [--out FILE]
 """
@@ -72,10 +72,12 @@ class Loop:
         loader.steps_per_epoch = 1_000_000  # one long epoch, as the trainer has
         self.batches = iter(loader)
 
-    def run(self, steps: int) -> None:
-        """Train `steps` steps."""
+    def run(self, steps: int, clock: Callable[[], float]) -> float:
+        """Train `steps` steps; the median of their seconds."""
         predicts_v = self.scheduler.config.prediction_type == "v_prediction"
+        seconds = []
         for _ in range(steps):
+            started = clock()
             b = next(self.batches)
             z = b["latent_mean"] + b["latent_std"] * torch.randn_like(b["latent_mean"])
             z = z * self.scaling
@@ -87,6 +89,8 @@ class Loop:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             loss.item()
+            seconds.append(clock() - started)
+        return statistics.median(seconds)
 
 
 class TakeTurns(pl.Callback):
@@ -96,19 +100,19 @@ class TakeTurns(pl.Callback):
         self.loop, self.steps, self.clock = loop, steps, clock
         self.trainer_seconds: list[float] = []
         self.loop_seconds: list[float] = []
+        self.round: list[float] = []
         self.started = 0.0
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         done = trainer.global_step - WARMUP
-        if done < 0 or done % self.steps:
-            return
         if done == 0:
-            self.loop.run(WARMUP)
-        else:
-            self.trainer_seconds.append((self.clock() - self.started) / self.steps)
-            started = self.clock()
-            self.loop.run(self.steps)
-            self.loop_seconds.append((self.clock() - started) / self.steps)
+            self.loop.run(WARMUP, self.clock)
+        elif done > 0:
+            self.round.append(self.clock() - self.started)  # from batch end to batch end, all callbacks included
+            if done % self.steps == 0:
+                self.trainer_seconds.append(statistics.median(self.round))
+                self.loop_seconds.append(self.loop.run(self.steps, self.clock))
+                self.round = []
         self.started = self.clock()
 
 

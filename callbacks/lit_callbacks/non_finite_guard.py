@@ -22,7 +22,9 @@ SMALL = 1 << 18
 
 
 class NonFiniteGuard(Callback):
-    """Check losses, gradients and adapters of every optimizer step, before it is taken.
+    """Check losses and gradients of every optimizer step, before it is taken.
+
+    Adapters are looked at where one of these is wrong, and at the end; a checkpoint never holds broken ones.
 
     Args:
         skip_budget: Steps that may be left out in the whole run, weights and optimizer untouched; then it is an error.
@@ -56,17 +58,19 @@ class NonFiniteGuard(Callback):
         self._losses, self._samples = [], []
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # it handles infinite gradients itself
         gradients = [] if scaled else [p.grad for p in parameters if p.grad is not None]
-        largest = [_largest(tensors).to(losses[0]) for tensors in (gradients, parameters)]
-        values = torch.stack([*losses, *largest]).tolist()
-        wrong = _judge(values[:-2], values[-2], values[-1])
+        values = torch.stack([*losses, _largest(gradients).to(losses[0])]).tolist()
+        wrong = _judge(values[:-1], values[-1])
         if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(wrong is not None, all=False):
             wrong = wrong or "another rank met a non-finite value"
         if wrong is None:
             return
+        broken = not math.isfinite(float(_largest(parameters)))
+        if broken:
+            wrong = "the adapters are not finite, the step before must have broken them"
         guilty = [ids for value, ids in zip(values, samples, strict=False) if not math.isfinite(value)] or samples
         step = trainer.global_step
         message = f"step {step}: {wrong}; batch: {_listed([i for ids in guilty for i in ids])}"
-        if not math.isfinite(values[-1]) or len(self.skipped) >= self.skip_budget:
+        if broken or len(self.skipped) >= self.skip_budget:
             if self.skip_budget:
                 message += f" ({len(self.skipped)} of {self.skip_budget} allowed steps were skipped)"
             raise NonFiniteError(f"{message}. Lower the learning rate, train in bf16 or fp32, and look at these files")
@@ -100,9 +104,7 @@ def _largest(tensors: list[Any]) -> Tensor:
     return torch.stack([x.to(extremes[0]) for x in extremes]).abs().max()
 
 
-def _judge(losses: list[float], gradient: float, parameter: float) -> str | None:
-    if not math.isfinite(parameter):
-        return "the adapters are not finite, the step before must have broken them"
+def _judge(losses: list[float], gradient: float) -> str | None:
     if bad := [loss for loss in losses if not math.isfinite(loss)]:
         return f"the loss is {bad[0]}"
     return None if math.isfinite(gradient) else f"a gradient is {gradient}"
