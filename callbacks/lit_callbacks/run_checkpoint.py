@@ -64,7 +64,7 @@ class RunCheckpoint(Callback):
         self._boundary = 0
         self._stop = False
         self._previous_handler: Any = None
-        self._loops: dict[str, Any] | None = None
+        self._closed: tuple[int, dict[str, Any]] | None = None  # a step that ended an epoch, and the loops' state
 
     # ---- hooks ------------------------------------------------------------------------------------
 
@@ -97,13 +97,16 @@ class RunCheckpoint(Callback):
         if trainer.global_step == self._boundary:
             return  # gradients are still being accumulated
         self._boundary = step = trainer.global_step
-        self._loops = deepcopy(trainer.fit_loop.state_dict())
         stop = self._agree(trainer, self._stop or trainer.received_sigterm)
         if stop or step % self.every == 0 or step == trainer.max_steps:
             self.save(trainer)
         if self._stop and stop:
             self.interrupted = True
             raise KeyboardInterrupt
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the loops before the next epoch is prepared."""
+        self._closed = trainer.global_step, deepcopy(trainer.fit_loop.state_dict())
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the last step if it is not saved yet; here a full disk is an error."""
@@ -114,17 +117,18 @@ class RunCheckpoint(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Store the loops as they were at the step boundary, also when the epoch has been closed since.
+        """Store the loops as at the step boundary, also when the epoch has been closed since.
 
         Lightning gives a loader its position back only from a state taken inside an epoch. And after a resume at
         the end of an epoch it counts the next one as not begun: a state stored then would train one too many.
         """
-        if self._loops is not None:
-            checkpoint["loops"]["fit_loop"] = self._loops
-            for counts in self._loops["epoch_progress"].values():
-                counts.update(
-                    ready=counts["processed"] + 1, started=counts["processed"] + 1, completed=counts["processed"]
-                )
+        if self._closed is not None and self._closed[0] == trainer.global_step:
+            checkpoint["loops"]["fit_loop"] = loops = deepcopy(self._closed[1])
+            for when in ("total", "current"):  # what Lightning has counted between the boundary and the hook
+                loops["epoch_loop.batch_progress"][when]["completed"] -= 1
+                epochs = loops["epoch_progress"][when]
+                done = epochs["processed"] - 1
+                epochs.update(ready=done + 1, started=done + 1, processed=done, completed=done)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give Ctrl-C back; an exception inside a step leaves nothing that could be saved."""
