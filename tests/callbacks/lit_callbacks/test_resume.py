@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import tiny_training
 from tiny_training import assert_same, state, train
@@ -60,6 +61,22 @@ def test_split_run_is_the_undisturbed_run(base: Path, tmp_path: Path, undisturbe
     assert_same(state(tmp_path, split), undisturbed[split])
     trainer, module = train(base, tmp_path, STEPS, every=100, resume=True)
     assert trainer.global_step == STEPS and module.draws == STEPS
+    assert_same(state(tmp_path, STEPS), undisturbed[STEPS])
+
+
+@pytest.mark.parametrize("split", [3, 5, 7])
+def test_a_training_that_was_stopped_goes_on(base: Path, tmp_path: Path, undisturbed: Any, split: int) -> None:
+    """As a timer or early stopping does, inside and at the end of an epoch: nothing is saved before the very end."""
+
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.should_stop or trainer.global_step == split
+
+    callbacks = [RunCheckpoint(tmp_path / "checkpoints", every=100), AdapterEma(0.9), NonFiniteGuard(), Throughput()]
+    trainer, _ = train(base, tmp_path, STEPS, [*callbacks, Stop()])
+    assert trainer.global_step == split
+    assert_same(state(tmp_path, split), undisturbed[split])
+    train(base, tmp_path, STEPS, every=100, resume=True)
     assert_same(state(tmp_path, STEPS), undisturbed[STEPS])
 
 
