@@ -40,8 +40,8 @@ quickstart: $(INSTALLED)
 
 # Resumable: cells that exist are kept, and a changed recipe or base makes new ones.
 science: $(INSTALLED)
-	@$(BIN)/python -m lit_personalize.report.science --budget $(BUDGET) --jobs $(JOBS)
-	@$(BIN)/python -m lit_personalize.report.pages
+	@$(BIN)/python -m lit_personalize.report.science --budget $(BUDGET) --jobs $(JOBS); \
+	status=$$?; $(BIN)/python -m lit_personalize.report.pages && exit $$status
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)

@@ -56,9 +56,17 @@ def test_lower_is_better_for_kid_and_missing_cells_are_said() -> None:
 
 
 def test_the_bar_needs_both_shares() -> None:
-    assert pages.bar(cells_with(**{"DreamBooth-LoRA": 0.95})).endswith("met.")
+    assert ": met." in pages.bar(cells_with(**{"DreamBooth-LoRA": 0.95}))
     assert "(DreamBooth-LoRA)" in pages.bar(cells_with(**{"DreamBooth-LoRA": 0.95}))
-    assert pages.bar(cells_with()).endswith("not met.")
+    assert ": not met." in pages.bar(cells_with())
+
+
+def test_memorising_is_nearer_than_real_pictures() -> None:
+    text = pages.memorising(cells_with(**{"DreamBooth-LoRA": 0.02, "Textual": 0.06}))  # real pictures: 0.1
+    verdicts = {line.split(" | ")[0].lstrip("| "): line.split(" | ")[2].rstrip(" |") for line in text.splitlines()}
+    assert verdicts["Custom Diffusion"] == "nearer than real pictures"
+    assert verdicts["DreamBooth-LoRA"] == "no" and verdicts["Textual Inversion"] == "no"
+    assert "| Textual Inversion | missing | not measured |" in pages.memorising({})
 
 
 def test_a_page_without_marks_is_named(tmp_path: Path) -> None:
