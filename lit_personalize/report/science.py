@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,13 +155,15 @@ def measure(subject: Subject, run: Path, weights: Path, seed: int, word: str) ->
     class_base = clip.images(_untouched((noun,) * 32, tuple(range(100, 132))))
     floor = _untouched(tuple(plain), tuple(1000 * seed + i for i in range(len(plain))))
     training = clip.images(subject_pictures(subject, 5, seed).pixels)
+    texts = clip.texts(plain)
     figures = {
-        "CLIP-T normalised": alignment.normalised_text_alignment(own, clip.texts(plain)),
+        "CLIP-T normalised": alignment.normalised_text_alignment(own, texts),
         "KID x 1000, class prompt": 1000 * mmd2(class_with, class_base, "kid"),
     }
     for suffix, pixels in (("", drawn), (", real", asked_pictures(subject, grounds)), (", base", floor)):
         features = clip.images(pixels)
         values = shares(pixels, subject, grounds, reader)
+        values["CLIP-T"] = alignment.text_alignment(features, texts)
         values["CLIP-I"] = alignment.image_alignment(features, training)
         values["nearest training picture"] = alignment.nearest_similarity(features, training)
         figures.update({f"{name}{suffix}": value for name, value in values.items()})
@@ -195,6 +197,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"stopped; finished cells are in {options.out}, the same command goes on", file=sys.stderr)
         return 130
+    except BrokenExecutor:
+        print(f"a worker was killed, perhaps for lack of memory; finished cells are in {options.out}", file=sys.stderr)
+        return 1
     return 1 if failed else 0
 
 
@@ -220,7 +225,10 @@ def run_missing(out: Path, end: float, jobs: int, run: Callable[..., dict[str, A
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 cell = running.pop(done)
                 named = "{}, {}, seed {}".format(*cell)
-                if (error := done.exception()) is not None:  # the others go on
+                error = done.exception()
+                if isinstance(error, BrokenExecutor):
+                    raise error
+                if error is not None:  # the others go on
                     failed += 1
                     print(f"{named}: failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
                     continue
