@@ -55,6 +55,19 @@ def test_lower_is_better_for_kid_and_missing_cells_are_said() -> None:
     assert "| Textual Inversion | 0/" in pages.overview({}, "0")
 
 
+def test_cells_without_a_figure_are_left_out_of_its_mean() -> None:
+    cells = cells_with(**{"Textual": 0.2})
+    for (_, _, seed), row in cells.items():
+        if seed == 0:
+            del row["CLIP-T"], row["CLIP-T, real"]
+    later = {key: row for key, row in cells.items() if key[2] != 0}
+    assert pages.column(cells, "Custom Diffusion", "CLIP-T").tolist() == (
+        pages.column(later, "Custom Diffusion", "CLIP-I").tolist()
+    )
+    assert len(pages.column(cells, "Custom Diffusion", "CLIP-I")) == len(SUBJECTS_FOR_SCIENCE) * len(SEEDS)
+    assert judge(cells, ORDERS[0]) == judge(later, ORDERS[0])
+
+
 def test_the_bar_needs_both_shares() -> None:
     assert ": met." in pages.bar(cells_with(**{"DreamBooth-LoRA": 0.95}))
     assert "(DreamBooth-LoRA)" in pages.bar(cells_with(**{"DreamBooth-LoRA": 0.95}))
