@@ -3,7 +3,7 @@
 A cell is named by a hash of its recipe, how pictures are drawn, the base's fingerprint, the subject
 and the seed: a changed recipe or base makes new cells, finished ones are never repeated, missing ones print as missing.
 
-    python -m lit_personalize.report.science [--budget 60m] [--jobs 2] [--out docs/science]
+    python -m lit_personalize.report.science [--budget 60m] [--jobs 2] [--cache DIR] [--out docs/science]
 
 `report.pages` writes the tables. The first seed of every method comes first, so that a short budget
 still compares all of them. A generated regularization set is drawn once per class noun and shared.
@@ -188,12 +188,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget", default="60m", help="wall-clock limit; a started cell is finished")
     parser.add_argument("--jobs", type=int, default=1, help="cells at once, each with its share of the cores")
     parser.add_argument("--out", type=Path, default=Path("docs/science"))
+    parser.add_argument("--cache", type=Path, help="folder that keeps generated sets for the next start")
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         parser.error(f"--jobs {options.jobs}: at least 1")
     options.out.mkdir(parents=True, exist_ok=True)
     try:
-        failed = run_missing(options.out, time.monotonic() + seconds_of(options.budget), options.jobs)
+        end = time.monotonic() + seconds_of(options.budget)
+        with tempfile.TemporaryDirectory() as cache:
+            failed = run_missing(options.out, options.cache or Path(cache), end, options.jobs)
     except KeyboardInterrupt:
         print(f"stopped; finished cells are in {options.out}, the same command goes on", file=sys.stderr)
         return 130
@@ -203,7 +206,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def run_missing(out: Path, end: float, jobs: int, run: Callable[..., dict[str, Any]] = run_cell) -> int:
+def run_missing(
+    out: Path, cache: Path, end: float, jobs: int, run: Callable[..., dict[str, Any]] = run_cell
+) -> int:
     """Measure the cells that `out` lacks, started before the time `end`; the number of those that failed."""
     from lit_personalize.tinyworld.build import committed_weights
 
@@ -211,17 +216,14 @@ def run_missing(out: Path, end: float, jobs: int, run: Callable[..., dict[str, A
     missing = [cell for cell in cells() if cell not in found]
     failed = 0
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    with (
-        tempfile.TemporaryDirectory() as cache,
-        ProcessPoolExecutor(
-            jobs, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(threads,)
-        ) as pool,
-    ):
+    with ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(threads,)
+    ) as pool:
         running: dict[Future[dict[str, Any]], tuple[str, str, int]] = {}
         while running or (missing and time.monotonic() < end):
             while missing and len(running) < jobs and time.monotonic() < end:
                 cell = missing.pop(0)
-                running[pool.submit(run, *cell, committed_weights(), Path(cache))] = cell
+                running[pool.submit(run, *cell, committed_weights(), cache)] = cell
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 cell = running.pop(done)
                 named = "{}, {}, seed {}".format(*cell)

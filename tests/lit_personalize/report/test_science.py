@@ -49,7 +49,7 @@ def test_a_failing_cell_is_told_and_loses_no_other(
 ) -> None:
     monkeypatch.setattr(science, "SEEDS", (0,))
     count = len(science.METHODS)
-    assert science.run_missing(tmp_path, time.monotonic() + 600, 2, one_of_two) == count
+    assert science.run_missing(tmp_path, tmp_path / "cache", time.monotonic() + 600, 2, one_of_two) == count
     err = capfd.readouterr().err
     assert err.count("failed: MemoryError: too large a picture") == count and "Traceback" not in err
     assert len(list(tmp_path.glob("*.json"))) == len(list(science.cells())) - count
