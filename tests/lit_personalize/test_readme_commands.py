@@ -16,6 +16,7 @@ import pytest
 from lit_personalize.backbones.tiny import write_tiny_clip
 from lit_personalize.cli import quickstart
 from lit_personalize.cli.main import main
+from lit_personalize.report import science
 from lit_personalize.run_directory import RunDirectory
 from lit_personalize.tinyworld.dataset import sample_pictures, write_folder, write_shards
 
@@ -55,6 +56,7 @@ TABLE = {
     "python benchmarks/trainer_vs_loop.py": Shown("--steps 2 --rounds 1 --base /models/stable-diffusion-v1-5"),
     "make quickstart": Shown("-n"),
     "make test": Shown("-n"),
+    "make science": Shown("-n BUDGET=0m JOBS=1"),
 }
 MINE = """\
 name: mine
@@ -86,7 +88,7 @@ def test_the_table_knows_what_the_readme_shows() -> None:
     unknown = [command for command in shown if command not in TABLE]
     assert not unknown, f"say in TABLE how these run on tiny input: {unknown}"
     others = {command for command in TABLE if not command.startswith(("litp ", "python "))}
-    assert others == {"make quickstart", "make test"}, "these have a test of their own"
+    assert others == {"make quickstart", "make test", "make science"}, "these have a test of their own"
 
 
 def test_commands_are_found_in_fences_and_in_prose() -> None:
@@ -143,6 +145,13 @@ def called_by(command: str, venv: Path) -> list[str]:
 def test_make_test_calls_pytest(tmp_path: Path) -> None:
     expected = [f"{tmp_path}/bin/python", "-m", "pytest", "-m", "not slow"]
     assert called_by("make test", tmp_path) == expected
+
+
+def test_make_science_measures_and_then_writes_the_pages(tmp_path: Path) -> None:
+    words = called_by("make science", tmp_path)
+    assert words[-1] == "$status" and words[words.index("-m") + 1] == "lit_personalize.report.pages"
+    assert science.main(["--budget", "0m", "--jobs", "1", "--out", str(tmp_path / "cells")]) == 0
+    assert not list((tmp_path / "cells").iterdir()), "no time, no cell"
 
 
 def test_make_quickstart_goes_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,21 +59,24 @@ def test_full_size_counts(family: str, total: int, cross_layers: int, key_value:
 
 
 @pytest.mark.parametrize(
-    ("family", "attention", "key_value", "query_value"),
+    ("family", "attention", "key_value", "query_value", "blocks"),
     [
-        ("sd1", 199_296, 49_536, 99_648),  # query_value: the length of a Weights2Weights vector
-        ("sd2", 207_488, 57_728, 103_744),
-        ("sdxl", 1_451_520, 453_120, 725_760),
+        ("sd1", 199_296, 49_536, 99_648, 948_096),  # query_value: the length of a Weights2Weights vector
+        ("sd2", 207_488, 57_728, 103_744, 956_288),
+        ("sdxl", 1_451_520, 453_120, 725_760, 3_009_920),
     ],
 )
-def test_full_size_lora_counts(family: str, attention: int, key_value: int, query_value: int) -> None:
-    """Parameters of rank 1 for every name in `TARGETS`, and rank times as many at a higher rank."""
+def test_full_size_lora_counts(family: str, attention: int, key_value: int, query_value: int, blocks: int) -> None:
+    """Parameters of rank 1 for every name in `TARGETS`, and rank times as many at a higher rank.
+
+    `blocks` is in * taps + out, summed over the layers of transformers and of residual blocks without `time_emb_proj`.
+    """
     from diffusers import DDPMScheduler, UNet2DConditionModel
 
     with torch.device("meta"):
         base = StableDiffusion(UNet2DConditionModel(**FULL_SIZE[family]), torch.nn.Identity(), [], [],
                                DDPMScheduler(), fingerprint="")  # fmt: skip
-    counts = {"attention": attention, "key_value": key_value, "query_value": query_value}
+    counts = {"attention": attention, "key_value": key_value, "query_value": query_value, "blocks": blocks}
     assert set(counts) == set(TARGETS)
     for rank, (targets, count) in enumerate(counts.items(), start=1):
         adapter = LoRA(rank=rank, targets=targets, name=targets)
