@@ -129,8 +129,10 @@ def bar(cells: Cells) -> str:
     parts = [f"{name} {float(column(cells, best, name).mean()):.1%} (bar {least:.0%})" for name, least in BAR.items()]
     met = all(float(column(cells, best, name).mean()) >= least for name, least in BAR.items())
     whole = float(column(cells, best, "all attributes").mean())
+    done, total = len(column(cells, best, "attributes")), len(SUBJECTS_FOR_SCIENCE) * len(SEEDS)
     return (
-        f"Quality bar, best recipe ({best}): {', '.join(parts)}: {'met' if met else 'not met'}.\n"
+        f"Quality bar, best recipe ({best}), over {done} of its {total} cells: "
+        f"{', '.join(parts)}: {'met' if met else 'not met'}.\n"
         f"Every attribute at once is found in {whole:.1%} of its pictures."
     )
 

@@ -33,6 +33,7 @@ import yaml
 from lit_personalize.atomic import write_text
 from lit_personalize.backbones.fingerprint import fingerprint_of
 from lit_personalize.backbones.loading import resolve
+from lit_personalize.errors import UsageError
 from lit_personalize.sampling.sampler import SamplingOptions
 from lit_personalize.tinyworld.concepts import (
     HELD_OUT_CONCEPTS,
@@ -192,9 +193,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         parser.error(f"--jobs {options.jobs}: at least 1")
-    options.out.mkdir(parents=True, exist_ok=True)
     try:
         end = time.monotonic() + seconds_of(options.budget)
+    except UsageError as error:
+        parser.error(str(error))
+    options.out.mkdir(parents=True, exist_ok=True)
+    try:
         with tempfile.TemporaryDirectory() as cache:
             failed = run_missing(options.out, options.cache or Path(cache), end, options.jobs)
     except KeyboardInterrupt:

@@ -53,7 +53,7 @@ def test_a_later_file_replaces_lists_and_merges_mappings(first: str, tmp_path: P
 
 @pytest.mark.parametrize("key", ["--data.init_args.concepts", "--data.concepts"])
 @pytest.mark.parametrize("joined", [True, False])
-def test_the_replaces_a_list(first: str, key: str, joined: bool) -> None:
+def test_the_command_line_replaces_a_list(first: str, key: str, joined: bool) -> None:
     value = "[{path: pots}]"
     given = [f"{key}={value}"] if joined else [key, value]
     assert _concepts("-c", first, *given) == [("pots", "", None, 1)]

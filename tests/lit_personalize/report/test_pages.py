@@ -70,8 +70,10 @@ def test_cells_without_a_figure_are_left_out_of_its_mean() -> None:
 
 def test_the_bar_needs_both_shares() -> None:
     assert ": met." in pages.bar(cells_with(**{"DreamBooth-LoRA": 0.95}))
-    assert "(DreamBooth-LoRA)" in pages.bar(cells_with(**{"DreamBooth-LoRA": 0.95}))
+    assert "(DreamBooth-LoRA), over" in pages.bar(cells_with(**{"DreamBooth-LoRA": 0.95}))
     assert ": not met." in pages.bar(cells_with())
+    first = {key: row for key, row in cells_with().items() if key[2] == 0}
+    assert f"over {len(SUBJECTS_FOR_SCIENCE)} of its {len(SUBJECTS_FOR_SCIENCE) * len(SEEDS)} cells" in pages.bar(first)
 
 
 def test_memorising_is_nearer_than_real_pictures() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 import pytest
@@ -55,7 +58,24 @@ def test_a_failing_cell_is_told_and_loses_no_other(
     assert len(list(tmp_path.glob("*.json"))) == len(list(science.cells())) - count
 
 
-def test_no_jobs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        science.main(["--jobs", "0", "--out", str(tmp_path)])
-    assert "--jobs 0: at least 1" in capsys.readouterr().err
+def killed(*_: object) -> dict[str, object]:
+    """A cell whose process is killed, as for lack of memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def test_a_killed_worker_ends_the_matrix(tmp_path: Path) -> None:
+    with pytest.raises(BrokenExecutor):
+        science.run_missing(tmp_path, tmp_path / "cache", time.monotonic() + 600, 1, killed)
+    assert not list(tmp_path.glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"), [("--jobs", "0", "--jobs 0: at least 1"), ("--budget", "5x", "'5x' is not a duration")]
+)
+def test_wrong_options_are_refused(
+    option: str, value: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        science.main([option, value, "--out", str(tmp_path / "cells")])
+    assert said in capsys.readouterr().err and not (tmp_path / "cells").exists()
