@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lit_personalize.errors import DataError
 from lit_personalize.metrics.alignment import interval
-from lit_personalize.report.science import METHODS, OPTIONS, SEEDS, load_cells
+from lit_personalize.report.science import METHODS, OPTIONS, SEEDS, cell_id, load_cells
+from lit_personalize.sampling.grid import captioned_grid
 from lit_personalize.tinyworld.concepts import SUBJECTS_FOR_SCIENCE
 
 Cells = dict[tuple[str, str, int], dict[str, Any]]
@@ -27,6 +30,8 @@ COLUMNS = (
     "attributes", "all attributes", "background", "CLIP-I", "CLIP-T", "CLIP-T normalised", "KID x 1000, class prompt",
     NEAREST,
 )  # fmt: skip
+REFERENCES = ("real picture", "untouched base")
+"""What stands beside the adapter's picture in a cell's file, from left to right."""
 BAR = {"attributes": 0.70, "background": 0.85}
 """What the best recipe must reach."""
 SCHEDULERS = {"ddim": "DDIM", "dpm": "DPM-Solver++", "euler": "Euler"}
@@ -167,12 +172,16 @@ Written by `make science` from the cells in this folder. Mean and 95 % bootstrap
 
 {bar(cells)}
 
+![a picture per method and subject](pictures.png)
+
+*The first unseen prompt of each subject, seed {SEEDS[0]}, not selected.*
+
 *attributes*: share of the subject's attributes that the reader finds, *all attributes*: of pictures with every one of
 them, *background*: of pictures with the asked background; prompts are unseen, "unclear" is wrong. *CLIP-I*: mean cosine
 with the training pictures; *nearest*: largest cosine. *CLIP-T*: cosine with the asked caption, the new word left out;
 *normalised*: 0 is the mean of the other captions, 1 the best of all. *KID*: class pictures with the adapter against
-those of the untouched base, an unbiased estimate that may be negative. Features are those of the embedded CLIP.
-A figure that was added after a cell was measured is the mean over the cells that have it.
+those of the untouched base, an unbiased estimate that may be negative; Textual Inversion leaves those pictures as they
+are, so that its row is the base against itself. Features are those of the embedded CLIP.
 
 {memorising(cells)}
 
@@ -184,6 +193,31 @@ Memorising: whether the pictures lie nearer to a training picture than real unse
 
 Pairs are cells of one subject and seed; "reproduced" means that the 95 % interval of the mean difference excludes 0.
 """
+
+
+def sheet(science: Path, fingerprint: str) -> Image.Image | None:
+    """The first seed's pictures, one column per subject: real, untouched base, then a row per method.
+
+    None without pictures; a missing one is gray.
+    """
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in (*REFERENCES, *METHODS)}
+    blank, found = np.full((64, 3 * 64, 3), 128, np.uint8), False
+    for subject in SUBJECTS_FOR_SCIENCE:
+        shown: dict[str, np.ndarray] = {}
+        for method in METHODS:
+            path = science / f"{cell_id(method, subject, SEEDS[0], fingerprint)}.png"
+            if path.exists():
+                with Image.open(path) as strip:
+                    shown[method] = np.asarray(strip)
+        found = found or bool(shown)
+        references = next(iter(shown.values()), blank)
+        for part, name in enumerate(REFERENCES, start=1):
+            rows[name].append(references[:, 64 * part : 64 * (part + 1)])
+        for method in METHODS:
+            rows[method].append(shown.get(method, blank)[:, :64])
+    captions = [name for name, row in rows.items() for _ in row]
+    pictures = np.stack([tile for row in rows.values() for tile in row])
+    return captioned_grid(pictures, captions, len(SUBJECTS_FOR_SCIENCE)) if found else None
 
 
 def excerpt(cells: Cells, method: str) -> str:
@@ -225,6 +259,8 @@ def main() -> int:
             if not options.check:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text, encoding="utf-8")
+    if not options.check and (pictures := sheet(options.docs / "science", fingerprint)):
+        pictures.save(options.docs / "science" / "pictures.png")
     return 1 if stale and options.check else 0
 
 

@@ -29,8 +29,9 @@ from typing import Any
 
 import numpy as np
 import yaml
+from PIL import Image
 
-from lit_personalize.atomic import write_text
+from lit_personalize.atomic import replacing, write_text
 from lit_personalize.backbones.fingerprint import fingerprint_of
 from lit_personalize.backbones.loading import resolve
 from lit_personalize.errors import UsageError
@@ -90,7 +91,10 @@ def cells() -> Iterator[tuple[str, str, int]]:
 
 
 def run_cell(method: str, name: str, seed: int, weights: Path, cache: Path, steps: int | None = None) -> dict[str, Any]:
-    """Train one subject with one method and measure it; generated sets are kept in `cache`."""
+    """Train one subject with one method and measure it; generated sets are kept in `cache`.
+
+    Beside its figures a cell has "shown": see `measure`.
+    """
     from lit_personalize.fitting import fit
     from lit_personalize.tinyworld import dataset
 
@@ -118,8 +122,9 @@ def run_cell(method: str, name: str, seed: int, weights: Path, cache: Path, step
         if steps is not None:
             arguments += ["--trainer.max_steps", str(steps)]
         run = fit(arguments)
-        figures = measure(subject, run.path, weights, seed, "sks" if dreambooth else TOKEN)
-    return {"method": method, "subject": name, "seed": seed, **figures, "seconds": round(time.monotonic() - started)}
+        figures, shown = measure(subject, run.path, weights, seed, "sks" if dreambooth else TOKEN)
+    seconds = round(time.monotonic() - started)
+    return {"method": method, "subject": name, "seed": seed, **figures, "seconds": seconds, "shown": shown}
 
 
 @functools.lru_cache(maxsize=32)
@@ -131,8 +136,12 @@ def _untouched(prompts: tuple[str, ...], seeds: tuple[int, ...]) -> np.ndarray:
     return generate(load_base("tinyworld"), prompts, seeds, None, OPTIONS)
 
 
-def measure(subject: Subject, run: Path, weights: Path, seed: int, word: str) -> dict[str, float]:
-    """What the pictures of unseen prompts show, and how far class pictures moved."""
+def measure(subject: Subject, run: Path, weights: Path, seed: int, word: str) -> tuple[dict[str, float], np.ndarray]:
+    """What the pictures of unseen prompts show, and how far class pictures moved.
+
+    Also the first prompt's picture with the adapter, the real one and the untouched base's, side by side:
+    uint8 `[64, 3 * 64, 3]`.
+    """
     from lit_personalize.backbones.loading import load_base
     from lit_personalize.export.loading import load_adapter
     from lit_personalize.metrics import alignment
@@ -157,18 +166,19 @@ def measure(subject: Subject, run: Path, weights: Path, seed: int, word: str) ->
     floor = _untouched(tuple(plain), tuple(1000 * seed + i for i in range(len(plain))))
     training = clip.images(subject_pictures(subject, 5, seed).pixels)
     texts = clip.texts(plain)
+    real = asked_pictures(subject, grounds)
     figures = {
         "CLIP-T normalised": alignment.normalised_text_alignment(own, texts),
         "KID x 1000, class prompt": 1000 * mmd2(class_with, class_base, "kid"),
     }
-    for suffix, pixels in (("", drawn), (", real", asked_pictures(subject, grounds)), (", base", floor)):
+    for suffix, pixels in (("", drawn), (", real", real), (", base", floor)):
         features = clip.images(pixels)
         values = shares(pixels, subject, grounds, reader)
         values["CLIP-T"] = alignment.text_alignment(features, texts)
         values["CLIP-I"] = alignment.image_alignment(features, training)
         values["nearest training picture"] = alignment.nearest_similarity(features, training)
         figures.update({f"{name}{suffix}": value for name, value in values.items()})
-    return figures
+    return figures, np.concatenate([drawn[0], real[0], floor[0]], axis=1)
 
 
 def load_cells(folder: Path) -> tuple[dict[tuple[str, str, int], dict[str, Any]], str]:
@@ -204,6 +214,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"stopped; finished cells are in {options.out}, the same command goes on", file=sys.stderr)
         return 130
+    except OSError as error:
+        print(f"{error.filename}: {error.strerror}; finished cells are kept", file=sys.stderr)
+        return 1
     except BrokenExecutor:
         print(f"a worker was killed, perhaps for lack of memory; finished cells are in {options.out}", file=sys.stderr)
         return 1
@@ -239,7 +252,12 @@ def run_missing(
                     print(f"{named}: failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
                     continue
                 result = done.result()
-                write_text(out / f"{cell_id(*cell, fingerprint)}.json", json.dumps(result, indent=2) + "\n")
+                place = out / cell_id(*cell, fingerprint)
+                shown = result.pop("shown")
+                if cell[2] == SEEDS[0]:  # one seed is enough to look at
+                    with replacing(place.with_suffix(".png")) as temporary:
+                        Image.fromarray(shown).save(temporary)
+                write_text(place.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
                 print(f"{named}: {result['seconds']} s", file=sys.stderr, flush=True)
     return failed
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from lit_personalize.errors import DataError
 from lit_personalize.report import pages
 from lit_personalize.report.pages import ORDERS, judge
-from lit_personalize.report.science import METHODS, SEEDS, load_cells
+from lit_personalize.report.science import METHODS, SEEDS, cell_id, load_cells
+from lit_personalize.sampling.grid import GAP, LINE, LINES
 from lit_personalize.tinyworld.concepts import SUBJECTS_FOR_SCIENCE
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -33,6 +36,23 @@ def test_every_page_is_current() -> None:
     cells, fingerprint = load_cells(DOCS / "science")
     for path, text in pages.pages(DOCS, cells, fingerprint).items():
         assert path.read_text(encoding="utf-8") == text, f"{path} is stale: python -m lit_personalize.report.pages"
+
+
+def test_the_sheet_shows_the_cells() -> None:
+    """Row by row: real, base, methods; each tile is a cell's, enlarged twice."""
+    science = DOCS / "science"
+    _, fingerprint = load_cells(science)
+    tiles = np.asarray(Image.open(science / "pictures.png").convert("RGB"))
+    rows = [*pages.REFERENCES, *METHODS]
+    for column, subject in enumerate(SUBJECTS_FOR_SCIENCE):
+        for part, name in enumerate((*METHODS, *pages.REFERENCES)):
+            cell = cell_id(name if name in METHODS else "Textual Inversion", subject, SEEDS[0], fingerprint)
+            strip = np.asarray(Image.open(science / f"{cell}.png"))
+            at = 64 * max(0, part - len(METHODS) + 1)
+            top, left = GAP + rows.index(name) * (128 + LINE * LINES + GAP), GAP + column * (128 + GAP)
+            assert np.array_equal(tiles[top : top + 128 : 2, left : left + 128 : 2], strip[:, at : at + 64]), (
+                f"{name}, {subject} is stale: python -m lit_personalize.report.pages"
+            )
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lit_personalize.report import science
 from lit_personalize.tinyworld.build import committed_weights
+from lit_personalize.tinyworld.concepts import HELD_OUT_CONCEPTS
+from lit_personalize.tinyworld.suite import asked_pictures, prompts_of
 
 
 def test_a_cell_trains_and_measures(tmp_path: Path) -> None:
@@ -23,6 +27,10 @@ def test_a_cell_trains_and_measures(tmp_path: Path) -> None:
     assert figures["CLIP-I, base"] < figures["CLIP-I, real"]
     assert figures["nearest training picture, base"] < figures["nearest training picture, real"]
     assert figures["method"] == "Custom Diffusion, no regularization" and figures["seconds"] > 0
+    adapted, real, base = np.split(figures["shown"], 3, axis=1)
+    subject = HELD_OUT_CONCEPTS["critter-03"]
+    assert np.array_equal(real, asked_pictures(subject, [prompts_of(subject, "<new1>")[0][1]])[0])
+    assert not np.array_equal(adapted, base)
 
 
 @pytest.mark.parametrize("change", ["subject", "seed", "fingerprint", "method"])
@@ -44,7 +52,8 @@ def one_of_two(method: str, subject: str, seed: int, weights: Path, cache: Path)
     """A cell that fails for a subject; runs in a process of its own."""
     if subject == science.SUBJECTS_FOR_SCIENCE[0]:
         raise MemoryError("too large a picture")
-    return {"method": method, "subject": subject, "seed": seed, "seconds": 1}
+    shown = np.full((64, 192, 3), len(method), np.uint8)
+    return {"method": method, "subject": subject, "seed": seed, "seconds": 1, "shown": shown}
 
 
 def test_a_failing_cell_is_told_and_loses_no_other(
@@ -55,7 +64,22 @@ def test_a_failing_cell_is_told_and_loses_no_other(
     assert science.run_missing(tmp_path, tmp_path / "cache", time.monotonic() + 600, 2, one_of_two) == count
     err = capfd.readouterr().err
     assert err.count("failed: MemoryError: too large a picture") == count and "Traceback" not in err
-    assert len(list(tmp_path.glob("*.json"))) == len(list(science.cells())) - count
+    finished = list(tmp_path.glob("*.json"))
+    assert len(finished) == len(list(science.cells())) - count
+    assert all(path.with_suffix(".png").exists() and "shown" not in path.read_text() for path in finished)
+    loaded, _ = science.load_cells(tmp_path)
+    assert len(loaded) == len(finished)
+
+
+def test_a_full_disk_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "cells/a.json")
+
+    monkeypatch.setattr(science, "run_missing", full)
+    assert science.main(["--out", str(tmp_path / "cells")]) == 1
+    assert capsys.readouterr().err == "cells/a.json: No space left on device; finished cells are kept\n"
 
 
 def killed(*_: object) -> dict[str, object]:
