@@ -1,6 +1,6 @@
 """`litp quickstart`: the whole way on the embedded base, from five pictures to verified files.
 
-A critter of its own shape and parts, which the base has never seen, is learned with Custom Diffusion
+A critter of its own shape and parts, which the base has never seen, is learned with DreamBooth-LoRA
 from five pictures, beside a regularization set. Everything stays in one folder.
 """
 
@@ -12,14 +12,16 @@ import time
 from pathlib import Path
 
 from lit_personalize.cli.console import add_json, configure_logging, emit, run_report, where_things_are
+from lit_personalize.cli.init import WORDS, run_yaml
 
-STEPS = 250
+METHOD = "dreambooth_lora"
+WORD = WORDS[METHOD]
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="litp quickstart", description="Learn a subject of the embedded world.")
     parser.add_argument("-o", "--output", type=Path, default=Path("quickstart"), help="folder for everything")
-    parser.add_argument("--steps", type=int, default=None, help=f"optimizer steps, {STEPS} by default")
+    parser.add_argument("--steps", type=int, default=0, help="optimizer steps; default: the recipe's")
     add_json(parser)
     return parser
 
@@ -53,22 +55,21 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def prepare(folder: Path, steps: int | None = None) -> Path:
+def prepare(folder: Path, steps: int = 0) -> Path:
     """Render the subject and the regularization set, and write run.yaml; keeps what is there."""
-    from lit_personalize.cli.init import run_yaml
     from lit_personalize.tinyworld import dataset
     from lit_personalize.tinyworld.concepts import QUICKSTART_SUBJECT, write_photos
 
     photos, shards, config = folder / "photos", folder / "regularization", folder / "run.yaml"
     if not photos.is_dir():
-        write_photos(QUICKSTART_SUBJECT, photos, 5, 0, "<new1>")
+        write_photos(QUICKSTART_SUBJECT, photos, 5, 0, WORD)
     if not shards.is_dir():
         dataset.write_shards(dataset.sample_pictures(200, seed=5, kind="critter"), shards)
     if not config.exists():
-        text = run_yaml("custom_diffusion", "tinyworld", photos, QUICKSTART_SUBJECT.class_noun, "<new1>",
-                        str(shards / "00000.tar"), "subject", STEPS if steps is None else steps)  # fmt: skip
+        text = run_yaml(METHOD, "tinyworld", photos, QUICKSTART_SUBJECT.class_noun, WORD,
+                        str(shards / "00000.tar"), "subject", steps)  # fmt: skip
         config.write_text(text, encoding="utf-8")
-    elif steps is not None:
+    elif steps:
         print(f"litp quickstart: --steps {steps} is not used, since {config} exists: change it there, or name "
               "another folder with -o", file=sys.stderr)  # fmt: skip
     return config
@@ -90,11 +91,11 @@ def measure(folder: Path, run: Path) -> dict[str, dict[str, float]]:
     subject, noun = QUICKSTART_SUBJECT, QUICKSTART_SUBJECT.class_noun
     shown = {scene.background for scene in subject_pictures(QUICKSTART_SUBJECT, 5, seed=0).scenes}
     grounds = tuple(g for g in subject.backgrounds() if g not in shown)
-    prompts = [f"a <new1> {noun} on a {ground} background" for ground in grounds]
+    prompts = [f"a {WORD} {noun} on a {ground} background" for ground in grounds]
     seeds = list(range(100, 100 + len(prompts)))
-    options = SamplingOptions(steps=25, guidance=4.0)
+    options = SamplingOptions(steps=25, guidance=2.0)
     base = load_base("tinyworld")
-    untouched = generate(base, [p.replace("<new1> ", "") for p in prompts], seeds, None, options)
+    untouched = generate(base, [p.replace(f"{WORD} ", "") for p in prompts], seeds, None, options)
     adapted = generate(base, prompts, seeds, [load_adapter(run / "exports", base)], options)
     real = subject_pictures(subject, len(grounds), seed=9, backgrounds=grounds).pixels
     rows = {"untouched base": untouched, "with the adapter": adapted, "real pictures": real}
