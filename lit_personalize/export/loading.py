@@ -140,7 +140,8 @@ def parse(tensors: dict[str, Tensor], metadata: dict[str, str], base: Base, path
     if set(tensors) <= {"clip_l", "clip_g"} or "litp.token" in metadata or _is_one_embedding(tensors):
         return AdapterWeights(tokens=_parse_embedding(tensors, metadata, path))
     parts = {c: module for c, module in base.components().items() if c != "vae"}
-    shapes = {f"{c}.{p}": matrix_shape(m) for c, module in parts.items() for p, m in weight_layers(module).items()}
+    layers = {f"{c}.{p}": m for c, module in parts.items() for p, m in weight_layers(module).items()}
+    shapes = {layer: matrix_shape(module) for layer, module in layers.items()}
     stages = base.unet.config.layers_per_block
     style = "kohya" if any(k.startswith("lora_") for k in tensors) else "portable"
     known = keys.index_by(shapes, len(parts) == 3, style, stages if isinstance(stages, int) else None)
@@ -149,7 +150,14 @@ def parse(tensors: dict[str, Tensor], metadata: dict[str, str], base: Base, path
     else:
         weights = AdapterWeights(low_rank=_parse_lora(tensors, metadata, known, path))
     _check_shapes(weights, shapes, path)
+    weights.low_rank = {name: _like(f, layers[name].weight.shape) for name, f in weights.low_rank.items()}
     return weights
+
+
+def _like(factors: LowRank, shape: torch.Size) -> LowRank:
+    """The factors as those of a weight of this shape: some tools write a linear layer's as 1x1 convolutions."""
+    down = factors.down.reshape(-1, *shape[1:])
+    return LowRank(down, factors.up.reshape(shape[0], -1, *[1] * (len(shape) - 2)), factors.alpha)
 
 
 def _is_one_embedding(tensors: Mapping[str, Tensor]) -> bool:

@@ -51,6 +51,21 @@ def test_convolutions_are_read_and_drawn_as_the_stock_client_does(tiny_bases: di
     assert 0 < int(covered) < int(attention)
 
 
+def test_a_linear_layer_written_as_a_convolution_is_written_again_as_a_linear_one(
+    tiny_bases: dict[str, Path], tmp_path: Path
+) -> None:
+    base = load_base(tiny_bases["sd1"])
+    layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    linear = base.unet.get_submodule(layer.removeprefix("unet."))
+    down, up = torch.randn(2, linear.in_features, 1, 1), torch.randn(linear.out_features, 2, 1, 1)
+    save_file({f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}, tmp_path / "theirs.safetensors")
+    weights = read_adapter(tmp_path / "theirs.safetensors", base)
+    assert torch.equal(weights.low_rank[layer].down, down[:, :, 0, 0])
+    assert torch.equal(weights.low_rank[layer].up, up[:, :, 0, 0])
+    written = export(weights, tmp_path / "exports", base, "theirs", formats=["diffusers"])
+    assert verify(written, base).files[0].layers == 1
+
+
 @pytest.mark.parametrize(
     ("layer", "name"),
     [
