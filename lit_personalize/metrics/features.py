@@ -50,7 +50,7 @@ def _load(kind: Any, folder: Path, **options: Any) -> Any:
         raise DataError(f"cannot load {kind.__name__} from {folder}: {error}") from error
 
 
-def _projected(out: Any) -> Tensor:
+def projected(out: Any) -> Tensor:
     """transformers 5 returns an object where earlier releases returned the projected features."""
     return out if isinstance(out, Tensor) else out.pooler_output
 
@@ -75,7 +75,7 @@ class Clip:
         for start in range(0, len(pictures), self.batch):
             chunk = [Image.fromarray(p) for p in pictures[start : start + self.batch]]
             pixels = self.processor(images=chunk, return_tensors="pt")["pixel_values"].to(self.model.device)
-            parts.append(_projected(self.model.get_image_features(pixel_values=pixels)))
+            parts.append(projected(self.model.get_image_features(pixel_values=pixels)))
         return torch.cat(parts).float().cpu()
 
     @torch.no_grad()
@@ -84,7 +84,7 @@ class Clip:
         encoded = self.tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
         wanted = ("input_ids", "attention_mask")
         inputs = {name: tensor.to(self.model.device) for name, tensor in encoded.items() if name in wanted}
-        return _projected(self.model.get_text_features(**inputs)).float().cpu()
+        return projected(self.model.get_text_features(**inputs)).float().cpu()
 
 
 class Dino:

@@ -1,0 +1,98 @@
+"""A whole retrieval: expand the shards, scan those that are missing, merge. Every step can be repeated.
+
+Parts lie in `parts/<plan>/` of the output folder, one per shard. Tasks of an array share that folder and write
+different files into it; a task that is stopped goes on with the shards that have no part yet.
+"""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from lit_datamodules.errors import DataError, DataOptionError
+from lit_datamodules.retrieval.merge import Selection, merge
+from lit_datamodules.retrieval.plan import CaptionEncoder, Plan
+from lit_datamodules.retrieval.scan import read_part, scan_shard, write_part
+from lit_datamodules.shard_writer import write_json
+
+log = logging.getLogger(__name__)
+
+
+def find_shards(patterns: Sequence[str]) -> dict[str, Path]:
+    """Shards by name, in the order of their names: the part of the path that is not common to all.
+
+    Args:
+        patterns: Paths with braces (`{00000..00331}.tar`) or wildcards (`*.tar`).
+
+    Raises:
+        DataError: A pattern names nothing, or a shard that does not exist.
+    """
+    from webdataset.shardlists import expand_urls
+
+    paths: list[Path] = []
+    for pattern in patterns:
+        found = expand_urls(pattern)
+        if len(found) == 1 and glob.has_magic(pattern):
+            found = sorted(glob.glob(pattern))
+        if missing := [str(p) for p in found if not Path(p).is_file()]:
+            raise DataError(f"shards are missing: {', '.join(missing[:5])} ({len(missing)} of {len(found)})")
+        if not found:
+            raise DataError(f"no shard is called {pattern}")
+        paths += [Path(p) for p in found]
+    folder = os.path.commonpath([path.absolute().parent for path in paths])
+    return {os.path.relpath(path.absolute(), folder): path for path in sorted(set(paths), key=str)}
+
+
+def parts_folder(out: Path, plan: Plan) -> Path:
+    """Where the parts of a plan lie."""
+    return out / "parts" / plan.id
+
+
+def scan(
+    shards: dict[str, Path], plan: Plan, encoder: CaptionEncoder, queries: np.ndarray, out: Path,
+    task: tuple[int, int] = (0, 1),
+) -> int:  # fmt: skip
+    """Scan every `task[1]`-th shard that has no part yet, from the `task[0]`-th on; returns how many.
+
+    Raises:
+        DataOptionError: The task's number is not below the number of tasks.
+        DataError: See `scan_shard`.
+    """
+    number, of = task
+    if not 0 <= number < of:
+        raise DataOptionError(f"task {number} of {of}: tasks are numbered from 0 to {of - 1}")
+    folder = parts_folder(out, plan)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "plan.json").exists():
+        write_json(plan.to_dict(), folder / "plan.json")
+    mine = [name for i, name in enumerate(shards) if i % of == number and not part_path(folder, name).exists()]
+    for done, name in enumerate(mine, start=1):
+        part = scan_shard(shards[name], name, plan, encoder, queries)
+        write_part(part, part_path(folder, name))
+        said = f", {len(part.faults)} faults" if part.faults else ""
+        log.info("%s: %d captions of %d samples%s (%d of %d)", name, part.scanned, part.samples, said, done, len(mine))
+    return len(mine)
+
+
+def part_path(folder: Path, shard: str) -> Path:
+    """Where the part of a shard lies."""
+    return folder / f"{quote(shard, safe='')}.parquet"
+
+
+def merge_parts(shards: dict[str, Path], plan: Plan, selection: Selection, out: Path) -> dict[str, Any]:
+    """Merge the parts of all shards into the set in `out`; see `merge`.
+
+    Raises:
+        DataError: Shards were not scanned yet; it names them.
+    """
+    folder = parts_folder(out, plan)
+    if missing := [name for name in shards if not part_path(folder, name).exists()]:
+        raise DataError(f"{len(missing)} of {len(shards)} shards are not scanned yet: {', '.join(missing[:5])}")
+    return merge((read_part(part_path(folder, name)) for name in shards), shards, plan, selection, out)

@@ -1,0 +1,122 @@
+"""`litp data retrieve`: a regularization set from image-text shards on local disks."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_personalize.cli.console import add_device, add_json, configure_logging, emit
+
+if TYPE_CHECKING:
+    from lit_datamodules.retrieval.plan import Plan
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="litp data retrieve",
+        description="Find pictures whose captions mean what a query means, and pack them as a regularization set.",
+    )
+    parser.add_argument("--query", action="append", default=[], help="a sentence: 'photo of a cat'; may be repeated")
+    parser.add_argument("--image", action="append", default=[], type=Path, help="a picture as query; may be repeated")
+    parser.add_argument("--shards", action="append", required=True, help="'laion/{00000..00331}.tar'; may be repeated")
+    parser.add_argument("--clip", required=True, help="directory of the CLIPModel that compares, or tinyworld")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the set")
+    wanted = parser.add_argument_group("what is kept")
+    wanted.add_argument("--n", type=int, default=200, help="pictures per query")
+    wanted.add_argument("--min-similarity", type=float, help="least cosine, on the scale of this CLIP")
+    wanted.add_argument("--percentile", type=float, help="instead: percent of captions that lie below")
+    wanted.add_argument("--near-duplicates", type=int, default=4, help="bits of 64 in which hashes must differ")
+    wanted.add_argument("--min-side", type=int, help="pixels of the shorter side")
+    wanted.add_argument("--max-punsafe", type=float, help="largest probability of unsafe content")
+    wanted.add_argument("--max-watermark", type=float, help="largest probability of a watermark")
+    wanted.add_argument("--min-aesthetic", type=float, help="least aesthetic score")
+    wanted.add_argument("--licence", action="append", default=[], help="accepted licence; may be repeated")
+    wanted.add_argument("--language", action="append", default=[], help="accepted language; may be repeated")
+    work = parser.add_argument_group("how it is done")
+    work.add_argument("--task", type=_task, help="I/N: scan the I-th of N shares of the shards, and do not merge")
+    work.add_argument("--merge", action="store_true", help="merge what tasks scanned, and scan nothing")
+    work.add_argument("--keep", type=int, help="candidates of a shard per query; default: four times n, at least 800")
+    work.add_argument("--batch-size", type=int, default=256, help="captions embedded at once")
+    add_device(work)  # type: ignore[arg-type]
+    add_json(parser)
+    return parser
+
+
+def _task(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no I/N with I from 0 to N-1, such as 3/16")
+    return int(found[1]), int(found[2])
+
+
+def main(arguments: list[str]) -> int:
+    options = build_parser().parse_args(arguments)
+    configure_logging()
+    import numpy as np
+
+    from lit_datamodules.retrieval import retrieve
+    from lit_datamodules.retrieval.merge import Selection
+    from lit_personalize.devices import device_of
+    from lit_personalize.errors import UsageError
+    from lit_personalize.metrics.caption_encoder import CaptionEncoder
+    from lit_personalize.metrics.features import clip_directory
+
+    if options.task and options.merge:
+        raise UsageError("--task scans and --merge merges; give one of them")
+    selection = Selection(options.n, options.min_similarity, options.percentile, options.near_duplicates)
+    shards = retrieve.find_shards(options.shards)
+    folder = clip_directory(None, "tinyworld") if options.clip == "tinyworld" else Path(options.clip)
+    encoder = CaptionEncoder(folder, device_of(options.device))
+    plan = _plan(options, encoder.fingerprint)
+    if not options.merge:
+        vectors = [encoder.image(q.image) if q.image else encoder.texts([q.text]) for q in plan.queries]
+        scanned = retrieve.scan(shards, plan, encoder, np.concatenate(vectors), options.output, options.task or (0, 1))
+        if options.task:
+            emit({"shards scanned": scanned, "next": "the same command with --merge, after all tasks"}, options.json)
+            return 0
+    report = retrieve.merge_parts(shards, plan, selection, options.output)
+    if options.json:
+        emit(report, True)
+        return 0
+    _show(report, options.output)
+    return 0
+
+
+def _plan(options: argparse.Namespace, encoder: str) -> Plan:
+    from lit_datamodules.retrieval.plan import Filters, Plan, Query
+
+    texts = [Query(text, text=text) for text in options.query]
+    images = [Query(path.stem, image=str(path)) for path in options.image]
+    filters = Filters(
+        options.min_side, options.max_punsafe, options.max_watermark, options.min_aesthetic,
+        tuple(options.licence), tuple(options.language),
+    )  # fmt: skip
+    keep = max(800, 4 * options.n) if options.keep is None else options.keep
+    return Plan((*texts, *images), encoder, filters, keep, options.batch_size)
+
+
+def _show(report: dict[str, Any], output: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    scanned = report["scanned"]
+    title = f"{scanned['captions']} captions of {scanned['samples']} samples in {scanned['shards']} shards"
+    table = Table(title=title, title_justify="left")
+    for column in ("query", "kept", "similarity", "threshold", "rejected"):
+        table.add_column(column)
+    for name, row in report["queries"].items():
+        spread = row["similarity"]
+        shown = f"{spread['min']:.3f} to {spread['max']:.3f}" if spread else ""
+        rejected = ", ".join(f"{count} {why}" for why, count in row["rejected"].items())
+        table.add_row(name, str(row["kept"]), shown, f"{row['threshold']:.3f}", rejected)
+        if not row["complete"]:
+            print(f"litp data retrieve: {name}: shards may hold more that passes; raise --keep", file=sys.stderr)
+    console = Console(file=sys.stdout)
+    console.print(table)
+    for name, counts in (("dropped", scanned["dropped"]), ("damaged", {"faults": len(report["faults"])})):
+        if told := ", ".join(f"{count} {why}" for why, count in counts.items() if count):
+            console.print(f"{name}: {told}")
+    console.print(f"{report['pictures']} pictures: {output}/00000.tar ...; the whole story: {output}/retrieval.json")
