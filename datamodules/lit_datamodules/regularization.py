@@ -7,7 +7,6 @@ import io
 import json
 import os
 import shutil
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,12 @@ from lit_datamodules.image_files import decode_image, list_images, read_image
 from lit_datamodules.manifest import Record
 from lit_datamodules.order import PRIOR
 from lit_datamodules.protocols import Generator
+from lit_datamodules.shard_writer import difference
+from lit_datamodules.tar_index import CAPTION_KEYS, IMAGE_KEYS, Entry, index_tar
 
 ROLE = "regularization"
-IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
-END_OF_TAR = bytes(1024)
+MOST_FAULTS = 3
+"""Of a shard that are told in full."""
 
 
 @dataclass
@@ -100,64 +101,54 @@ def shard_paths(pattern: str) -> list[Path]:
 
 
 def read_shards(index: int, pattern: str, longest: int) -> FolderContents:
-    """Every sample of WebDataset shards, in their order."""
+    """Every sample of WebDataset shards, in their order; behind damage reading goes on."""
     contents = FolderContents()
     for path in shard_paths(pattern):
-        before, damage = len(contents.records), ""
         try:
-            for sample in _samples_of(path):
-                _add_sample(contents, index, sample, path, longest)
-        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-            reason = str(error.args[0]) if error.args else type(error).__name__
-            damage = f"shard {path} is damaged after sample {len(contents.records) - before}: {reason}"
-        count = len(contents.records) - before
-        damage = damage or _incompleteness(path, count)
-        fate: manifest.Fate = "skipped" if damage else "used"
-        advice = f"{damage}; fetch or pack it again" if damage else f"{count} samples"
-        contents.records.append(Record(str(path), fate, advice, ROLE))
+            shard = index_tar(path)
+            with path.open("rb") as file:
+                for entry in shard.entries:
+                    _add_sample(contents, index, entry, path, file.fileno(), longest)
+            wrong = [f"shard {path} {fault.reason}{fault.key and f' ({fault.key})'}" for fault in shard.faults]
+            wrong = [*wrong, *_differences(path, len(shard.entries))]
+        except OSError as error:
+            wrong = [f"cannot read shard {path}: {error.strerror}"]
+        if wrong:
+            more = f"; and {len(wrong) - MOST_FAULTS} more faults" if len(wrong) > MOST_FAULTS else ""
+            told = f"{'; '.join(wrong[:MOST_FAULTS])}{more}; fetch or pack it again"
+            contents.records.append(Record(str(path), "skipped", told, ROLE))
+        else:
+            contents.records.append(Record(str(path), "used", f"{len(shard.entries)} samples", ROLE))
     if not contents.samples and not any(record.fate == "skipped" for record in contents.records):
         raise DataError(f"regularization shards {pattern} hold no sample")
     return contents
 
 
-def _samples_of(path: Path) -> Any:
-    from webdataset.tariterators import tarfile_samples
-
-    # One shard after the other and any error raised, so that each one is named and counted.
-    return tarfile_samples([{"url": str(path)}])
-
-
-def _incompleteness(path: Path, count: int) -> str:
-    """Why a shard that could be read is not whole; "" if it is."""
-    if not count:
-        return f"shard {path} holds no sample"
-    with path.open("rb") as file:
-        compressed = file.read(2) == b"\x1f\x8b"
-        file.seek(max(0, path.stat().st_size - len(END_OF_TAR)))
-        # A tar that was cut between two members reads without an error.
-        if not compressed and file.read() != END_OF_TAR:
-            return f"shard {path} is cut off: its end marker is missing after {count} samples"
+def _differences(path: Path, count: int) -> list[str]:
+    """What contradicts the notes beside a shard, or an empty shard."""
+    found = [] if count else [f"shard {path} holds no sample"]
     stats = path.with_name(f"{path.stem}_stats.json")
     if stats.is_file():
         expected = json.loads(stats.read_text(encoding="utf-8")).get("successes")
         if expected is not None and expected != count:
-            return f"shard {path} holds {count} samples, but {stats.name} counts {expected}"
-    return ""
+            found.append(f"shard {path} holds {count} samples, but {stats.name} counts {expected}")
+    return [*found, *filter(None, [difference(path)])]
 
 
-def _add_sample(contents: FolderContents, index: int, sample: dict[str, Any], shard: Path, longest: int) -> None:
-    name = f"{shard}:{sample['__key__']}"
-    data = next((sample[key] for key in IMAGE_KEYS if key in sample), None)
+def _add_sample(contents: FolderContents, index: int, entry: Entry, shard: Path, fd: int, longest: int) -> None:
+    name = f"{shard}:{entry.key}"
+    image, text = entry.first(IMAGE_KEYS), entry.first(CAPTION_KEYS)
     try:
-        if data is None or "txt" not in sample:
-            lacking = "picture (jpg, png or webp)" if data is None else "caption (txt)"
+        if image is None or text is None:
+            lacking = "picture (jpg, png or webp)" if image is None else "caption (txt)"
             raise DataError(f"sample {name} has no {lacking}; pack the shard again")
+        data = os.pread(fd, image[1].size, image[1].offset)
         picture = decode_image(data, f"sample {name}")
-        caption = decode_caption(sample["txt"], f"caption of sample {name}")
+        caption = decode_caption(os.pread(fd, text[1].size, text[1].offset), f"caption of sample {name}")
     except DataError as error:
         contents.records.append(Record(name, "skipped", str(error), ROLE))
         return
-    record = record_of(picture, name, data, ROLE, "", caption, "txt")
+    record = record_of(picture, name, data, ROLE, "", caption, text[0])
     contents.records.append(record)
     contents.samples.append(sample_of(picture, record, (caption,), PRIOR, index, longest))
 

@@ -70,8 +70,7 @@ def test_truncated_shard_is_named_and_what_came_before_is_kept(shards: Write, ke
     *incomplete, reason = skipped(contents)
     assert all("has no caption" in r for r in incomplete), "the sample in which the file ends may lack a member"
     whole = sum("00000.tar:" in s.name for s in contents.samples)
-    seen = whole + len(incomplete)
-    assert f"00000.tar is damaged after sample {seen}" in reason or f"end marker is missing after {seen}" in reason
+    assert "00000.tar is cut off" in reason
     assert whole < 5 and (whole > 0 or kept < 0.4)
     assert sum("00001.tar:" in s.name for s in contents.samples) == 3, "the next shard is read all the same"
 
@@ -115,7 +114,7 @@ def test_damaged_sample_is_named(shards: Write, member: str, data: bytes | None,
 def test_what_is_no_tar_is_named(tmp_path: Path) -> None:
     (tmp_path / "0.tar").write_bytes(b"<html>" * 500)
     [reason] = skipped(read_shards(0, str(tmp_path / "0.tar"), 256))
-    assert "0.tar is damaged after sample 0" in reason
+    assert "0.tar is a web page" in reason and "holds no sample" in reason
 
 
 def test_folder_with_sidecars_and_prompt(folder: Write) -> None:
