@@ -6,12 +6,9 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lit_personalize.cli.console import add_device, add_json, configure_logging, emit
-
-if TYPE_CHECKING:
-    from lit_datamodules.retrieval.plan import Plan
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -85,7 +82,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _plan(options: argparse.Namespace, encoder: str) -> Plan:
+def _plan(options: argparse.Namespace, encoder: str) -> Any:
     from lit_datamodules.retrieval.plan import Filters, Plan, Query
 
     texts = [Query(text, text=text) for text in options.query]

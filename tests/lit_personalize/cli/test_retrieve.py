@@ -1,0 +1,76 @@
+"""`litp data retrieve`: a set that training takes, the same from one task or several; wrong input is one sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lit_datamodules.regularization import read_shards
+from lit_personalize.cli.main import main
+from lit_personalize.tinyworld.dataset import sample_pictures, write_shards
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    write_shards(sample_pictures(40, 6), tmp_path / "laion", per_shard=10)
+    return ["data", "retrieve", "--shards", str(tmp_path / "laion/{00000..00003}.tar"), "--clip", "tinyworld"]
+
+
+def test_a_set_for_training(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "reg"
+    assert main([*command, "--query", "photo of a critter", "--n", "6", "-o", str(out)]) == 0
+    shown = capsys.readouterr()
+    assert "40 captions of 40 samples in 4 shards" in shown.out and "photo of a critter" in shown.out
+    assert "00003.tar: 10 captions of 10 samples (4 of 4)" in caplog.text
+    contents = read_shards(0, str(out / "00000.tar"), 64)
+    assert len(contents.samples) == 6 and all(record.fate == "used" for record in contents.records)
+    (out / "00000.tar").write_bytes((out / "00000.tar").read_bytes().replace(b"critter", b"kritter", 1))
+    fates = [record.fate for record in read_shards(0, str(out / "00000.tar"), 64).records]
+    assert fates[-1] == "skipped", "a flipped byte is seen"
+
+
+def test_tasks_of_an_array_and_a_picture_as_query(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(sample_pictures(1, 8, kind="critter").pixels[0]).save(tmp_path / "mine.png")
+    asked = [*command, "--image", str(tmp_path / "mine.png"), "--n", "4", "--json"]
+    for task in ("1/2", "0/2"):
+        assert main([*asked, "-o", str(tmp_path / "many"), "--task", task]) == 0
+        assert json.loads(capsys.readouterr().out)["shards scanned"] == 2
+    assert main([*asked, "-o", str(tmp_path / "many"), "--merge"]) == 0
+    many = capsys.readouterr().out
+    assert main([*asked, "-o", str(tmp_path / "one")]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(many)
+    assert json.loads(many)["queries"]["mine"]["kept"] == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "said"),
+    [
+        ([], 2, "nothing to look for: give a query"),
+        (["--query", "a", "--min-similarity", "0.9999"], 3, "most similar caption per query: a: 0."),
+        (["--query", "a", "--min-similarity", "0.5", "--percentile", "9"], 2, "give one"),
+        (["--query", "a", "--merge"], 3, "4 of 4 shards are not scanned yet: 00000.tar"),
+        (["--query", "a", "--merge", "--task", "0/2"], 2, "--task scans and --merge merges"),
+        (["--image", "none.png"], 3, "cannot read picture none.png"),
+        (["--query", "a", "--clip", "nowhere"], 3, "nowhere has no config.json"),
+        (["--query", "a", "--shards", "none/{0..2}.tar"], 3, "shards are missing: none/0.tar"),
+    ],
+)
+def test_wrong_input_is_one_sentence(
+    more: list[str], code: int, said: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "-o", str(tmp_path / "out"), *more]) == code
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("litp data: ") and said in last
+
+
+def test_a_task_that_does_not_exist(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--query", "a", "-o", str(tmp_path), "--task", "2/2"])
+    assert "'2/2' is no I/N with I from 0 to N-1" in capsys.readouterr().err
