@@ -45,6 +45,8 @@ TABLE = {
     'litp sample "a <new1> dog on the beach" --base /models/stable-diffusion-v1-5 --adapter runs/photos': Shown(
         "--steps 2", ("samples/grid.png",)
     ),
+    """litp data retrieve --query "photo of a dog" --shards 'laion/{00000..00331}.tar' """
+    "--clip /models/clip-vit-l-14 -o reg": Shown("--n 3", ("reg/00000.tar", "reg/retrieval.json")),
     "litp fit -c custom_diffusion/sd15 -c hardware/12gb -c mine.yaml": Shown(
         f"{TINY} --trainer.accumulate_grad_batches 1", ("runs/mine/exports/verify.json",)
     ),
@@ -97,8 +99,8 @@ def test_commands_are_found_in_fences_and_in_prose() -> None:
 
 
 def arguments_of(command: str, base: Path) -> list[str]:
-    given = shlex.split(f"{command} {TABLE[command].more}")
-    return [str(base) if part == "/models/stable-diffusion-v1-5" else part for part in given]
+    places = {"/models/stable-diffusion-v1-5": str(base), "/models/clip-vit-l-14": "clip"}
+    return [places.get(part, part) for part in shlex.split(f"{command} {TABLE[command].more}")]
 
 
 def test_litp_commands_run_in_their_order(
@@ -108,7 +110,9 @@ def test_litp_commands_run_in_their_order(
     write_folder(sample_pictures(3, 1, kind="object"), tmp_path / "photos")
     for extra in [*(tmp_path / "photos").glob("*.txt"), *(tmp_path / "photos").glob("*.json")]:
         extra.unlink()
-    write_shards(sample_pictures(4, 2, kind="object"), tmp_path / "reg")
+    [shard] = write_shards(sample_pictures(4, 2, kind="object"), tmp_path / "laion")
+    for number in range(1, 332):
+        shard.with_name(f"{number:05d}.tar").hardlink_to(shard)
     write_tiny_clip(tmp_path / "clip")
     (tmp_path / "mine.yaml").write_text(MINE.replace("BASE", str(tiny_bases["sdxl"])), encoding="utf-8")
     for command in (c for c in commands(README) if c.startswith("litp")):
