@@ -5,28 +5,40 @@ The mapping has the field names of the trainer's `Batch`; `B` samples, instances
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lit_datamodules.concept_folder import Sample
+from lit_datamodules.errors import DataError
 from lit_datamodules.latent_cache import LatentCache
 from lit_datamodules.order import INSTANCE, Slot
 from lit_datamodules.protocols import TextEncoder
 from lit_datamodules.training_view import Geometry, Shot, decide, mask_of, pixels_of, still
 
 MOST_CAPTIONS = 4096  # whose ids are kept; personalization repeats few of them
-Drawn = tuple[Slot, Shot, Tensor | None]
-"""A slot, the view that stands there, and its pixels where no posterior is kept."""
+
+
+class Drawn(NamedTuple):
+    """A slot, the view that stands there, and its pixels where no posterior is kept."""
+
+    slot: Slot
+    shot: Shot
+    pixels: Tensor | None
+    damage: str = ""
+    """Why there are no pixels."""
 
 
 def draw(samples: Sequence[Sample], geometry: Geometry, with_pixels: bool, slot: Slot) -> Drawn:
     """Make the view of one slot; a pure function, for worker processes."""
     sample = samples[slot.sample]
     shot = decide(sample, slot, geometry)
-    return slot, shot, torch.from_numpy(pixels_of(sample, shot)) if with_pixels else None
+    try:
+        return Drawn(slot, shot, torch.from_numpy(pixels_of(sample, shot)) if with_pixels else None)
+    except DataError as error:
+        return Drawn(slot, shot, None, str(error))
 
 
 class Collator:
@@ -38,6 +50,7 @@ class Collator:
         text: Gives ids.
         time_ids: Whether batches carry SDXL's size conditioning.
         cache: Posteriors to deliver instead of pixels.
+        instead: Gives another view for one that could not be drawn.
     """
 
     def __init__(
@@ -47,24 +60,34 @@ class Collator:
         text: TextEncoder,
         time_ids: bool = False,
         cache: LatentCache | None = None,
+        instead: Callable[[Drawn], Drawn] | None = None,
     ):
         self.samples = samples
         self.geometry = geometry
         self.text = text
         self.time_ids = time_ids
         self.cache = cache
+        self.instead = instead
         self.masked = geometry.augmentation != "none" or any(s.alpha is not None for s in samples)
         self._ids: dict[str, tuple[Tensor, ...]] = {}
 
     def __call__(self, drawn: Sequence[Drawn]) -> dict[str, Any]:
-        """Make the batch of a training step."""
-        batch = self._described([self.samples[slot.sample] for slot, _, _ in drawn], [shot for _, shot, _ in drawn])
-        batch["position"] = torch.tensor([slot.position for slot, _, _ in drawn])
+        """Make the batch of a training step.
+
+        Raises:
+            DataError: A view could not be drawn, and nothing stands for it.
+        """
+        if damaged := [one.damage for one in drawn if one.damage]:
+            if self.instead is None:
+                raise DataError(damaged[0])
+            drawn = [self.instead(one) if one.damage else one for one in drawn]
+        batch = self._described([self.samples[one.slot.sample] for one in drawn], [one.shot for one in drawn])
+        batch["position"] = torch.tensor([one.slot.position for one in drawn])
         if self.cache is not None:
-            keys = [(slot.sample, shot.view.flip) for slot, shot, _ in drawn]
+            keys = [(one.slot.sample, one.shot.view.flip) for one in drawn]
             batch["latent_mean"], batch["latent_std"] = self.cache.batch(keys)
         else:
-            batch["pixels"] = torch.stack([pixels for _, _, pixels in drawn if pixels is not None])
+            batch["pixels"] = torch.stack([one.pixels for one in drawn if one.pixels is not None])
         return batch
 
     def still_batches(self, samples: Sequence[Sample], size: int) -> Iterator[dict[str, Any]]:

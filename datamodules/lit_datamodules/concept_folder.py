@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
 from lit_datamodules import manifest
 from lit_datamodules.captions import fill, lacks_token, prompts_of, read_caption
 from lit_datamodules.errors import DataError, DataOptionError
-from lit_datamodules.image_files import Picture, list_images, read_image
+from lit_datamodules.image_files import Picture, list_images, read_image, shrunk
 from lit_datamodules.manifest import Record
 from lit_datamodules.order import INSTANCE, counter_rng
+from lit_datamodules.stored_picture import StoredPicture
 
 
 @dataclass
@@ -64,8 +64,8 @@ class Concept:
 class Sample:
     """One picture with the captions that it takes turns in."""
 
-    pixels: np.ndarray
-    """uint8 `[H, W, 3]`, upright; larger than training needs at most by a small factor."""
+    picture: np.ndarray | StoredPicture
+    """uint8 `[H, W, 3]`, upright, larger than training needs at most by a small factor; or where it lies."""
     original: tuple[int, int]
     """Height and width of the upright file."""
     captions: tuple[str, ...]
@@ -78,6 +78,29 @@ class Sample:
     """uint8 `[H, W]`, where it masks the loss."""
     flip: float = 0.0
     record: Record | None = None
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """uint8 `[H, W, 3]`; a stored picture is read.
+
+        Raises:
+            DataError: It cannot be read.
+        """
+        return self.picture.load() if isinstance(self.picture, StoredPicture) else self.picture
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of `pixels`."""
+        if isinstance(self.picture, StoredPicture):
+            return self.picture.size
+        return self.picture.shape[0], self.picture.shape[1]
+
+    @property
+    def identity(self) -> str:
+        """What tells its bytes from others: a hash, or place and hash of its shard."""
+        if isinstance(self.picture, StoredPicture):
+            return self.picture.identity
+        return self.record.sha256 if self.record else ""
 
 
 @dataclass
@@ -172,13 +195,3 @@ def sample_of(
     small = shrunk(picture, longest)
     alpha = small.alpha if alpha_mask else None
     return Sample(small.pixels, picture.size, captions, record.path, role, concept, alpha, flip, record)
-
-
-def shrunk(picture: Picture, longest: int) -> Picture:
-    """Reduce a picture by a whole factor so that its shorter side stays at least `longest`."""
-    factor = min(picture.size) // longest
-    if factor < 2:
-        return picture
-    pixels = np.asarray(Image.fromarray(picture.pixels).reduce(factor))
-    alpha = None if picture.alpha is None else np.asarray(Image.fromarray(picture.alpha).reduce(factor))
-    return Picture(pixels, alpha, picture.mode)

@@ -125,3 +125,37 @@ def _to_srgb(image: Image.Image) -> Image.Image:
         return ImageCms.profileToProfile(image, profile, target, outputMode="RGB") or image
     except (ImageCms.PyCMSError, OSError):  # many files carry broken profiles; viewers show their plain values, too
         return image
+
+
+def shrunk(picture: Picture, longest: int) -> Picture:
+    """Reduce a picture by a whole factor so that its shorter side stays at least `longest`."""
+    factor = shrink_factor(picture.size, longest)
+    if factor == 1:
+        return picture
+    pixels = np.asarray(Image.fromarray(picture.pixels).reduce(factor))
+    alpha = None if picture.alpha is None else np.asarray(Image.fromarray(picture.alpha).reduce(factor))
+    return Picture(pixels, alpha, picture.mode)
+
+
+def shrink_factor(size: tuple[int, int], longest: int) -> int:
+    """The whole factor by which `shrunk` reduces a picture of this height and width."""
+    return max(1, min(size) // longest)
+
+
+def size_of(data: bytes, name: str) -> tuple[int, int]:
+    """Height and width of an upright picture, from its header alone; the first bytes of the file may be enough.
+
+    Raises:
+        DataError: The bytes are no picture, or it is too large or too narrow to be one.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            # Asked for what its header lacks, Pillow reads a whole PNG.
+            said = image.format != "PNG" or "exif" in image.info
+            turned = said and image.getexif().get(0x0112, 1) >= 5
+    except Image.UnidentifiedImageError as error:
+        raise DataError(f"{name} is no jpg, png or webp picture; replace or remove the file") from error
+    except DAMAGE as error:
+        raise DataError(f"cannot read picture {name}: {error}; replace or remove the file") from error
+    return (width, height) if turned else (height, width)

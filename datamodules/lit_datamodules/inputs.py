@@ -87,13 +87,13 @@ def pools(samples: Sequence[Sample], role: int, repeats: Sequence[int]) -> tuple
 
 def dataset_hash(samples: Sequence[Sample]) -> str:
     """Hash of the pictures and captions that train, wherever they lie."""
-    used = [(s.role, s.concept, Path(s.name).name, s.captions, s.record and s.record.sha256) for s in samples]
+    used = [(s.role, s.concept, Path(s.name).name, s.captions, s.identity) for s in samples]
     return hashlib.sha256(json.dumps(used).encode()).hexdigest()
 
 
 def files_of(samples: Sequence[Sample]) -> dict[str, str]:
     """Hash of every file that trains, by its concept or set and its name."""
-    return {f"{_place(s)}/{Path(s.name).name}": s.record.sha256 if s.record else "" for s in samples}
+    return {f"{_place(s)}/{Path(s.name).name}": s.identity for s in samples}
 
 
 def compare(state: Mapping[str, Any], samples: Sequence[Sample], options: Mapping[str, Any]) -> None:

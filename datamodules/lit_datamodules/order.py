@@ -24,15 +24,15 @@ def counter_rng(*parts: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
-@lru_cache(maxsize=256)
-def epoch_order(seed: int, purpose: str, epoch: int, count: int) -> tuple[int, ...]:
+@lru_cache(maxsize=64)
+def epoch_order(seed: int, purpose: str, epoch: int, count: int) -> np.ndarray:
     """A permutation of `count` places for one epoch."""
-    return tuple(int(i) for i in counter_rng(seed, purpose, epoch).permutation(count))
+    return counter_rng(seed, purpose, epoch).permutation(count)
 
 
 def place_in_epoch(seed: int, purpose: str, visit: int, count: int) -> int:
     """Which of `count` places the stream shows at its `visit`-th draw."""
-    return epoch_order(seed, purpose, visit // count, count)[visit % count]
+    return int(epoch_order(seed, purpose, visit // count, count)[visit % count])
 
 
 def stream(seed: int, purpose: str, pools: Sequence[Sequence[int]], mixing: Mixing, visit: int) -> int:
@@ -43,8 +43,11 @@ def stream(seed: int, purpose: str, pools: Sequence[Sequence[int]], mixing: Mixi
             "joint" shuffles their union, so that larger pools have larger shares.
     """
     if mixing == "joint":
-        union = [index for pool in pools for index in pool]
-        return union[place_in_epoch(seed, purpose, visit, len(union))]
+        place = place_in_epoch(seed, purpose, visit, sum(map(len, pools)))
+        for pool in pools:
+            if place < len(pool):
+                return pool[place]
+            place -= len(pool)
     turn, visit_of_pool = visit % len(pools), visit // len(pools)
     pool = pools[turn]
     return pool[place_in_epoch(seed, f"{purpose}-{turn}", visit_of_pool, len(pool))]
@@ -78,6 +81,15 @@ class Order:
     batch_size: int
     per_batch: int = 0
     mixing: Mixing = "interleaved"
+    since: int = 0
+    """Step at which `shown` holds: where a training went on with another number of ranks, or other batch sizes."""
+    shown: tuple[int, int] = (0, 0)
+    """Places of the two streams that were shown before that step."""
+
+    def shown_at(self, step: int, world_size: int) -> tuple[int, int]:
+        """Places of the streams, instances and regularization, that all steps before `step` have shown."""
+        done = (step - self.since) * world_size
+        return self.shown[0] + done * self.batch_size, self.shown[1] + done * self.per_batch
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> list[Slot]:
         """The share of one rank in step `step`; all ranks together have each position once."""
@@ -91,7 +103,7 @@ class Order:
         # Sets of regularization pictures take turns even where the concepts are shuffled together.
         mixing = self.mixing if role == INSTANCE else "interleaved"
         places = range(rank * width, (rank + 1) * width)
-        start = step * width * world_size
+        start = self.shown_at(step, world_size)[0 if role == INSTANCE else 1]
         return [
             Slot(stream(self.seed, purpose, pools, mixing, start + place), role, step, first + place)
             for place in places

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,8 @@ from lit_datamodules.order import INSTANCE, PRIOR, Mixing, Order, Slot
 from lit_datamodules.protocols import Generator, ImageEncoder, TextEncoder
 from lit_datamodules.regularization import Regularization
 from lit_datamodules.resize_augmentation import CropMode
-from lit_datamodules.step_loader import FixedLoader, StepLoader
+from lit_datamodules.step_loader import FixedLoader, StepLoader, WorkerStart
+from lit_datamodules.substitution import Substitution
 from lit_datamodules.training_view import Augmentation, Geometry
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,8 @@ class PersonalizationData(pl.LightningDataModule):
         mixing: Of several concepts: "interleaved" in turns, "joint" by their number of pictures.
         cache_latents: Encode every picture once; "auto" does it where views do not change.
         num_workers: Processes that draw views; unused where latents are cached.
+        worker_start: How they are started: "fork", "spawn" or "forkserver"; None takes Python's default.
+        elastic: Go on from a checkpoint with another number of ranks; otherwise that is refused.
         strict: An unusable input is an error; otherwise up to `max_skipped` are skipped and recorded.
         max_skipped: Budget of a run that is not strict.
         seed: Of order and views.
@@ -63,6 +67,8 @@ class PersonalizationData(pl.LightningDataModule):
         mixing: Mixing = "interleaved",
         cache_latents: bool | Literal["auto"] = "auto",
         num_workers: int = 0,
+        worker_start: WorkerStart | None = None,
+        elastic: bool = False,
         strict: bool = True,
         max_skipped: int = 10,
         seed: int = 0,
@@ -85,6 +91,8 @@ class PersonalizationData(pl.LightningDataModule):
         self.mixing: Mixing = mixing
         self.cache_latents = cache_latents
         self.num_workers = num_workers
+        self.worker_start: WorkerStart | None = worker_start
+        self.elastic = elastic
         self.strict = strict
         self.max_skipped = max_skipped
         self.seed = seed
@@ -101,7 +109,8 @@ class PersonalizationData(pl.LightningDataModule):
         self._collator: Collator | None = None
         self._expected: dict[str, Any] | None = None
         self._loader: StepLoader[Slot] | None = None
-        self._cursor: dict[str, int] | None = None
+        self._cursor: dict[str, Any] | None = None
+        self._world_size = 1
         self._refuse_moving_cache()
         if not any(concept.held_out for concept in concepts):
             # Lightning validates where the hook is overridden; without held-out pictures it is not.
@@ -191,7 +200,11 @@ class PersonalizationData(pl.LightningDataModule):
         instances = inputs.pools(self.samples, INSTANCE, [concept.repeats for concept in self.concepts])
         priors = inputs.pools(self.samples, PRIOR, [1] * len(self.regularization))
         asked = [options.per_batch for options in self.regularization if options.per_batch is not None]
-        return Order(self.seed, instances, priors, self.batch_size, sum(asked) or self.batch_size, self.mixing)
+        order = Order(self.seed, instances, priors, self.batch_size, sum(asked) or self.batch_size, self.mixing)
+        if self._cursor is None:
+            return order
+        first, second = self._cursor["shown"]
+        return replace(order, since=self._cursor["cursor"], shown=(first, second))
 
     @property
     def steps(self) -> int:
@@ -204,12 +217,23 @@ class PersonalizationData(pl.LightningDataModule):
     def train_dataloader(self) -> StepLoader[Slot]:
         """Loader of this rank, resumable at every step."""
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        self._check_ranks(world_size)
+        self._world_size = world_size
         slots = functools.partial(_slots, self.order, rank, world_size)
         workers = 0 if self.cache else self.num_workers
-        self._loader = StepLoader(slots, self._draw_function(), self.collator, self.steps, workers)
+        self._loader = StepLoader(slots, self._draw_function(), self.collator, self.steps, workers, self.worker_start)
         if self._cursor is not None:
             self._loader.load_state_dict(self._cursor)
         return self._loader
+
+    def _check_ranks(self, world_size: int) -> None:
+        before = self._cursor["world_size"] if self._cursor else world_size
+        if before == world_size or self.elastic:
+            return
+        raise DataOptionError(
+            f"the checkpoint is of a training on {before} ranks, this is one on {world_size}: batches would be others; "
+            f"start it on {before}, or set data.elastic to true to go on with the rest of the pictures"
+        )
 
     def teardown(self, stage: str | None = None) -> None:
         """End the worker processes."""
@@ -236,7 +260,10 @@ class PersonalizationData(pl.LightningDataModule):
             raise DataOptionError("no base is bound to the data module; call bind before batches are drawn")
         if self._collator is None:
             time_ids = self._images.needs_time_ids
-            self._collator = Collator(self.samples, self.geometry, self._text, time_ids, self.cache)
+            instead = Substitution(
+                self.samples, self._draw_function(), self.records, self.strict, self.max_skipped
+            )
+            self._collator = Collator(self.samples, self.geometry, self._text, time_ids, self.cache, instead)
         return self._collator
 
     def val_dataloader(self) -> FixedLoader:
@@ -264,7 +291,10 @@ class PersonalizationData(pl.LightningDataModule):
         Lightning keeps the state of loaders, too, but does not give it back in a run that was resumed at the
         end of an epoch and then again within the next.
         """
-        cursor = self._loader.state_dict() if self._loader is not None else None
+        cursor: dict[str, Any] | None = None
+        if self._loader is not None:
+            cursor = {**self._loader.state_dict(), "world_size": self._world_size}
+            cursor["shown"] = list(self.order.shown_at(cursor["cursor"], self._world_size))
         dataset, files = inputs.dataset_hash(self.samples), inputs.files_of(self.samples)
         return {"dataset": dataset, "files": files, "options": self._options(), "cursor": cursor}
 

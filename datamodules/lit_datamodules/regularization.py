@@ -15,19 +15,14 @@ import numpy as np
 from PIL import Image
 
 from lit_datamodules import manifest
-from lit_datamodules.captions import decode_caption, read_caption
+from lit_datamodules.captions import read_caption
 from lit_datamodules.concept_folder import FolderContents, record_of, sample_of
 from lit_datamodules.errors import DataError, DataOptionError
-from lit_datamodules.image_files import decode_image, list_images, read_image
+from lit_datamodules.image_files import list_images, read_image
 from lit_datamodules.manifest import Record
 from lit_datamodules.order import PRIOR
 from lit_datamodules.protocols import Generator
-from lit_datamodules.shard_writer import difference
-from lit_datamodules.tar_index import CAPTION_KEYS, IMAGE_KEYS, Entry, index_tar
-
-ROLE = "regularization"
-MOST_FAULTS = 3
-"""Of a shard that are told in full."""
+from lit_datamodules.shard_sets import ROLE, read_shards
 
 
 @dataclass
@@ -41,6 +36,8 @@ class Regularization:
         generate: Number of pictures that the untouched base draws from `prompt`.
         prompt: Caption of generated pictures, and of those in a folder that have none.
         per_batch: Pictures per batch; None takes as many as there are instances.
+        stream: Leave the pictures of shards where they are and read each when a step shows it: for sets that are
+            larger than memory. Their headers are read at the start; damage further in is found when they are shown.
         cache: Folder in which generated sets are kept, for all runs.
         seed: First seed of generated pictures.
     """
@@ -50,6 +47,7 @@ class Regularization:
     generate: int = 0
     prompt: str = ""
     per_batch: int | None = None
+    stream: bool = False
     cache: str = "regularization"
     seed: int = 0
 
@@ -58,6 +56,8 @@ class Regularization:
             raise DataOptionError("a regularization set has exactly one of shards, folder and generate")
         if self.generate and not self.prompt:
             raise DataOptionError("regularization.generate needs regularization.prompt, such as 'photo of a cat'")
+        if self.stream and not self.shards:
+            raise DataOptionError("regularization.stream reads pictures from shards; a folder is read at the start")
         if self.per_batch is not None and self.per_batch < 1:
             raise DataOptionError(f"regularization.per_batch must be at least 1, not {self.per_batch}")
 
@@ -78,79 +78,9 @@ def read_set(
         DataOptionError: A set is to be generated and no base is bound.
     """
     if options.shards:
-        return read_shards(index, options.shards, longest)
+        return read_shards(index, options.shards, longest, options.stream)
     folder = Path(options.folder) if options.folder else generated_folder(options, generator, identity)
     return read_folder(index, folder, options.prompt, longest)
-
-
-# ---- shards ---------------------------------------------------------------------------------------------
-
-
-def shard_paths(pattern: str) -> list[Path]:
-    """Shards that a pattern with braces names.
-
-    Raises:
-        DataError: Some are missing; it names them.
-    """
-    from webdataset.shardlists import expand_urls
-
-    paths = [Path(url) for url in expand_urls(pattern)]
-    if missing := [str(p) for p in paths if not p.is_file()]:
-        raise DataError(f"regularization shards are missing: {', '.join(missing[:5])} ({len(missing)} of {len(paths)})")
-    return paths
-
-
-def read_shards(index: int, pattern: str, longest: int) -> FolderContents:
-    """Every sample of WebDataset shards, in their order; behind damage reading goes on."""
-    contents = FolderContents()
-    for path in shard_paths(pattern):
-        try:
-            shard = index_tar(path)
-            with path.open("rb") as file:
-                for entry in shard.entries:
-                    _add_sample(contents, index, entry, path, file.fileno(), longest)
-            wrong = [f"shard {path} {fault.reason}{fault.key and f' ({fault.key})'}" for fault in shard.faults]
-            wrong = [*wrong, *_differences(path, len(shard.entries))]
-        except OSError as error:
-            wrong = [f"cannot read shard {path}: {error.strerror}"]
-        if wrong:
-            more = f"; and {len(wrong) - MOST_FAULTS} more faults" if len(wrong) > MOST_FAULTS else ""
-            told = f"{'; '.join(wrong[:MOST_FAULTS])}{more}; fetch or pack it again"
-            contents.records.append(Record(str(path), "skipped", told, ROLE))
-        else:
-            contents.records.append(Record(str(path), "used", f"{len(shard.entries)} samples", ROLE))
-    if not contents.samples and not any(record.fate == "skipped" for record in contents.records):
-        raise DataError(f"regularization shards {pattern} hold no sample")
-    return contents
-
-
-def _differences(path: Path, count: int) -> list[str]:
-    """What contradicts the notes beside a shard, or an empty shard."""
-    found = [] if count else [f"shard {path} holds no sample"]
-    stats = path.with_name(f"{path.stem}_stats.json")
-    if stats.is_file():
-        expected = json.loads(stats.read_text(encoding="utf-8")).get("successes")
-        if expected is not None and expected != count:
-            found.append(f"shard {path} holds {count} samples, but {stats.name} counts {expected}")
-    return [*found, *filter(None, [difference(path)])]
-
-
-def _add_sample(contents: FolderContents, index: int, entry: Entry, shard: Path, fd: int, longest: int) -> None:
-    name = f"{shard}:{entry.key}"
-    image, text = entry.first(IMAGE_KEYS), entry.first(CAPTION_KEYS)
-    try:
-        if image is None or text is None:
-            lacking = "picture (jpg, png or webp)" if image is None else "caption (txt)"
-            raise DataError(f"sample {name} has no {lacking}; pack the shard again")
-        data = os.pread(fd, image[1].size, image[1].offset)
-        picture = decode_image(data, f"sample {name}")
-        caption = decode_caption(os.pread(fd, text[1].size, text[1].offset), f"caption of sample {name}")
-    except DataError as error:
-        contents.records.append(Record(name, "skipped", str(error), ROLE))
-        return
-    record = record_of(picture, name, data, ROLE, "", caption, text[0])
-    contents.records.append(record)
-    contents.samples.append(sample_of(picture, record, (caption,), PRIOR, index, longest))
 
 
 # ---- folders --------------------------------------------------------------------------------------------

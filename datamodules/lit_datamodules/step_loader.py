@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 S = TypeVar("S")
 Item = Any
 Batch = dict[str, Any]
+WorkerStart = Literal["fork", "spawn", "forkserver"]
 
 
 class _Items(Dataset[Item], Generic[S]):
@@ -56,6 +57,7 @@ class StepLoader(Generic[S]):
         finish: Makes a batch of a step's items, in this process.
         steps_per_epoch: Length.
         num_workers: Processes that draw items ahead.
+        worker_start: How they are started.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class StepLoader(Generic[S]):
         finish: Callable[[list[Item]], Batch],
         steps_per_epoch: int,
         num_workers: int = 0,
+        worker_start: WorkerStart | None = None,
     ):
         self.steps_per_epoch = steps_per_epoch
         self.finish = finish
@@ -74,6 +77,7 @@ class StepLoader(Generic[S]):
         self._restored = False
         self._draw = draw
         self._num_workers = num_workers
+        self._worker_start = worker_start if num_workers else None
         self._steps = _Steps(slots_of_step)
         self._loader: DataLoader[Item] | None = None
         self._running: weakref.ref[Generator[Batch, None, None]] | None = None
@@ -96,6 +100,7 @@ class StepLoader(Generic[S]):
             self._loader = DataLoader(
                 _Items(self._draw), batch_sampler=self._steps, num_workers=self._num_workers, collate_fn=_as_list,  # type: ignore[arg-type]
                 persistent_workers=self._num_workers > 0, generator=torch.Generator(),
+                multiprocessing_context=self._worker_start,
             )  # fmt: skip
         for items in self._loader:
             batch = self.finish(items)

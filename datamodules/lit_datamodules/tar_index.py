@@ -7,6 +7,7 @@ pictures stay on the disk until they are asked for.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import tarfile
 from collections.abc import Iterator
@@ -60,6 +61,12 @@ class TarIndex:
     path: Path
     entries: list[Entry] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
+
+    @property
+    def identity(self) -> str:
+        """A hash of names, places and sizes: the same for a copy, another for a shard that was packed otherwise."""
+        places = [(e.key, sorted((kind, m.offset, m.size) for kind, m in e.members.items())) for e in self.entries]
+        return hashlib.sha256(repr(places).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def index_tar(path: Path) -> TarIndex:

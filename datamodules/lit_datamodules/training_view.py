@@ -88,7 +88,7 @@ def still(sample: Sample, geometry: Geometry, flip: bool = False) -> Shot:
 def _shot(
     sample: Sample, view: View, flip: bool, caption: str, geometry: Geometry, rng: np.random.Generator | None
 ) -> Shot:
-    height, width = sample.pixels.shape[:2]
+    height, width = sample.size
     box = crop_box(height, width, geometry.crop, rng)
     placed = View(view.size, view.scaled, view.top, view.left, view.prefix, flip, view.pasted)
     zoomed = view.scaled > view.size

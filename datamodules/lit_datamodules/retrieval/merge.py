@@ -228,7 +228,7 @@ def _sample(picture: Chosen) -> dict[str, bytes]:
         "concepts": list(picture.similarities), "similarity": picture.similarities,
         "source": {"shard": candidate.shard, "key": candidate.key},
         "width": picture.width, "height": picture.height,
-        "sha256": sha256_of(picture.data), "phash": f"{picture.hash:016x}",
+        "file_sha256": sha256_of(picture.data), "phash": f"{picture.hash:016x}",
     }  # fmt: skip
     return {
         candidate.kind: picture.data,

@@ -6,7 +6,6 @@ different files into it; a task that is stopped goes on with the shards that hav
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from lit_datamodules.errors import DataError, DataOptionError
 from lit_datamodules.retrieval.merge import Selection, merge
 from lit_datamodules.retrieval.plan import CaptionEncoder, Plan
 from lit_datamodules.retrieval.scan import read_part, scan_shard, write_part
+from lit_datamodules.shard_paths import shard_paths
 from lit_datamodules.shard_writer import write_json
 
 log = logging.getLogger(__name__)
@@ -34,18 +34,7 @@ def find_shards(patterns: Sequence[str]) -> dict[str, Path]:
     Raises:
         DataError: A pattern names nothing, or a shard that does not exist.
     """
-    from webdataset.shardlists import expand_urls
-
-    paths: list[Path] = []
-    for pattern in patterns:
-        found = expand_urls(pattern)
-        if len(found) == 1 and glob.has_magic(pattern):
-            found = sorted(glob.glob(pattern))
-        if missing := [str(p) for p in found if not Path(p).is_file()]:
-            raise DataError(f"shards are missing: {', '.join(missing[:5])} ({len(missing)} of {len(found)})")
-        if not found:
-            raise DataError(f"no shard is called {pattern}")
-        paths += [Path(p) for p in found]
+    paths = [path for pattern in patterns for path in shard_paths(pattern)]
     folder = os.path.commonpath([path.absolute().parent for path in paths])
     return {os.path.relpath(path.absolute(), folder): path for path in sorted(set(paths), key=str)}
 

@@ -110,7 +110,7 @@ def test_cached_latents_are_those_of_the_pixels(base: Any, folder: Write) -> Non
         mean, std = base.encode_pixels(pixels.pixels)
         torch.testing.assert_close(latents.latent_mean, mean, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(latents.latent_std, std, atol=1e-5, rtol=1e-4)
-        mirrored += sum(shot.view.flip for _, shot, _ in map(plain._draw_function(), plain.order.batch(step)))
+        mirrored += sum(shot.view.flip for _, shot, *_ in map(plain._draw_function(), plain.order.batch(step)))
     assert 0 < mirrored < 12
 
 

@@ -16,7 +16,8 @@ from PIL import Image
 from lit_datamodules.concept_folder import Concept
 from lit_datamodules.errors import DataError, DataOptionError
 from lit_datamodules.personalization import PersonalizationData
-from lit_datamodules.regularization import Regularization, generated_folder, read_folder, read_set, read_shards
+from lit_datamodules.regularization import Regularization, generated_folder, read_folder, read_set
+from lit_datamodules.shard_sets import read_shards
 
 Write = Callable[..., Path]
 

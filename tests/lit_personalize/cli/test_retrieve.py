@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lit_datamodules.regularization import read_shards
+from lit_datamodules.shard_sets import read_shards
 from lit_personalize.cli.main import main
 from lit_personalize.tinyworld.dataset import sample_pictures, write_shards
 

@@ -1,0 +1,115 @@
+"""A regularization set from WebDataset shards: read at the start, or left where it is and read as it is shown."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from lit_datamodules.captions import decode_caption
+from lit_datamodules.concept_folder import FolderContents, Sample, record_of, sample_of
+from lit_datamodules.errors import DataError
+from lit_datamodules.image_files import decode_image, size_of
+from lit_datamodules.manifest import Record, sha256_of
+from lit_datamodules.order import PRIOR
+from lit_datamodules.shard_paths import shard_paths
+from lit_datamodules.shard_writer import difference, stated
+from lit_datamodules.stored_picture import StoredPicture
+from lit_datamodules.tar_index import CAPTION_KEYS, IMAGE_KEYS, Entry, Member, index_tar
+
+ROLE = "regularization"
+MOST_FAULTS = 3
+"""Of a shard that are told in full."""
+HEAD = 1 << 15
+"""Bytes in which the size of most pictures stands."""
+
+
+def read_shards(index: int, pattern: str, longest: int, stream: bool = False) -> FolderContents:
+    """Every sample of WebDataset shards, in their order; behind damage reading goes on."""
+    contents = FolderContents()
+    for path in shard_paths(pattern):
+        try:
+            shard = index_tar(path)
+            known = ((stated(path) or {}).get("sha256") or shard.identity) if stream else ""
+            with path.open("rb") as file:
+                for entry in shard.entries:
+                    _add_sample(contents, index, entry, path, file.fileno(), longest, known)
+            wrong = [f"shard {path} {fault.reason}{fault.key and f' ({fault.key})'}" for fault in shard.faults]
+            wrong = [*wrong, *_differences(path, len(shard.entries), not stream)]
+        except OSError as error:
+            wrong = [f"cannot read shard {path}: {error.strerror}"]
+        if wrong:
+            more = f"; and {len(wrong) - MOST_FAULTS} more faults" if len(wrong) > MOST_FAULTS else ""
+            told = f"{'; '.join(wrong[:MOST_FAULTS])}{more}; fetch or pack it again"
+            contents.records.append(Record(str(path), "skipped", told, ROLE))
+        else:
+            contents.records.append(Record(str(path), "used", f"{len(shard.entries)} samples", ROLE))
+    if not contents.samples and not any(record.fate == "skipped" for record in contents.records):
+        raise DataError(f"regularization shards {pattern} hold no sample")
+    return contents
+
+
+def _differences(path: Path, count: int, hashed: bool) -> list[str]:
+    """What contradicts the notes beside a shard, or an empty shard."""
+    found = [] if count else [f"shard {path} holds no sample"]
+    stats = path.with_name(f"{path.stem}_stats.json")
+    if stats.is_file():
+        expected = json.loads(stats.read_text(encoding="utf-8")).get("successes")
+        if expected is not None and expected != count:
+            found.append(f"shard {path} holds {count} samples, but {stats.name} counts {expected}")
+    return [*found, *filter(None, [difference(path, hashed)])]
+
+
+def _add_sample(
+    contents: FolderContents, index: int, entry: Entry, shard: Path, fd: int, longest: int, stored: str
+) -> None:
+    """Read a sample; with the identity of its shard, `stored`, its picture stays there."""
+    name = f"{shard}:{entry.key}"
+    image, text = entry.first(IMAGE_KEYS), entry.first(CAPTION_KEYS)
+    try:
+        if image is None or text is None:
+            lacking = "picture (jpg, png or webp)" if image is None else "caption (txt)"
+            raise DataError(f"sample {name} has no {lacking}; pack the shard again")
+        member = image[1]
+        caption = decode_caption(os.pread(fd, text[1].size, text[1].offset), f"caption of sample {name}")
+        stated_hash = _stated_hash(entry, fd)
+        if stored:
+            size, identity = _size_at(fd, member, name), f"{stored}:{member.offset}"
+            picture = StoredPicture(shard, member, name, size, longest, identity, stated_hash)
+            record = Record(name, "used", "", ROLE, "", size[1], size[0], caption=caption, caption_source=text[0])
+            sample = Sample(picture, size, (caption,), name, PRIOR, index, record=record)
+        else:
+            data = os.pread(fd, member.size, member.offset)
+            if stated_hash and sha256_of(data) != stated_hash:
+                raise DataError(f"sample {name} is damaged: its sha256 is not the one that its json states")
+            decoded = decode_image(data, f"sample {name}")
+            record = record_of(decoded, name, data, ROLE, "", caption, text[0])
+            sample = sample_of(decoded, record, (caption,), PRIOR, index, longest)
+    except DataError as error:
+        contents.records.append(Record(name, "skipped", str(error), ROLE))
+        return
+    contents.records.append(record)
+    contents.samples.append(sample)
+
+
+def _stated_hash(entry: Entry, fd: int) -> str:
+    """The sha256 of the picture's bytes as packed; "" where the json does not state it.
+
+    The field `sha256` of img2dataset is of the bytes before resizing, and says nothing of these.
+    """
+    member = entry.members.get("json")
+    if member is None:
+        return ""
+    try:
+        about = json.loads(os.pread(fd, member.size, member.offset))
+    except ValueError:  # a broken json holds nothing that training needs
+        return ""
+    return str(about.get("file_sha256", "")) if isinstance(about, dict) else ""
+
+
+def _size_at(fd: int, member: Member, name: str) -> tuple[int, int]:
+    """Height and width, from the picture's first bytes where they are enough."""
+    try:
+        return size_of(os.pread(fd, min(member.size, HEAD), member.offset), f"sample {name}")
+    except DataError:
+        return size_of(os.pread(fd, member.size, member.offset), f"sample {name}")
