@@ -216,6 +216,7 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> bool:
     # Only here is the checkpoint read, and found to fit or not.
     trainer.callbacks.append(LambdaCallback(on_train_start=lambda *_: record()))  # type: ignore[attr-defined]
     keeper = next(c for c in trainer.callbacks if isinstance(c, RunCheckpoint))  # type: ignore[attr-defined]
+    known = list(getattr(built.data, "records", ()))
     try:
         start = str(found.state) if found else None
         trainer.fit(built.model, datamodule=built.data, ckpt_path=start, weights_only=True)
@@ -223,6 +224,9 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> bool:
         if keeper.interrupted:
             raise KeyboardInterrupt(f"saved at step {keeper.last_saved}; the same command continues") from exit_
         raise
+    finally:
+        if known != list(getattr(built.data, "records", ())):  # a picture turned out to be damaged as it was shown
+            built.data.write_manifest(run.manifest)
     record()  # where no step was left to train
     return not (keeper.interrupted or _out_of_time(trainer))
 

@@ -20,6 +20,10 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
+NARROWEST = 50
+"""The longer side over the shorter one, of anything that may be a picture."""
+
+
 @dataclass(frozen=True)
 class Picture:
     """A decoded picture, upright: `pixels` uint8 `[H, W, 3]` in sRGB, composited over white where transparent."""
@@ -78,12 +82,19 @@ def decode_image(data: bytes, name: str) -> Picture:
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_sides(image)
             image.load()
             return to_picture(image)
     except Image.UnidentifiedImageError as error:
         raise DataError(f"{name} is no jpg, png or webp picture; replace or remove the file") from error
     except DAMAGE as error:
         raise DataError(f"cannot read picture {name}: {error}; replace or remove the file") from error
+
+
+def _check_sides(image: Image.Image) -> None:
+    """Refuse a strip of pixels; pictures of too many pixels are refused by Pillow as they are opened."""
+    if max(image.size) > NARROWEST * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels is a strip and no picture")
 
 
 def to_picture(image: Image.Image) -> Picture:
@@ -150,6 +161,7 @@ def size_of(data: bytes, name: str) -> tuple[int, int]:
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_sides(image)
             width, height = image.size
             # Asked for what its header lacks, Pillow reads a whole PNG.
             said = image.format != "PNG" or "exif" in image.info

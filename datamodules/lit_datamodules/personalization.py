@@ -46,7 +46,8 @@ class PersonalizationData(pl.LightningDataModule):
         crop: Of pictures that are not square: "center", "random", or "squash" to a square.
         flip: Share of mirrored instance views, true for half of them.
         mixing: Of several concepts: "interleaved" in turns, "joint" by their number of pictures.
-        cache_latents: Encode every picture once; "auto" does it where views do not change.
+        cache_latents: Encode every picture once and keep that in memory; "auto" does it where views do not change and
+            no set is streamed.
         num_workers: Processes that draw views; unused where latents are cached.
         worker_start: How they are started: "fork", "spawn" or "forkserver"; None takes Python's default.
         elastic: Go on from a checkpoint with another number of ranks; otherwise that is refused.
@@ -154,7 +155,16 @@ class PersonalizationData(pl.LightningDataModule):
     def geometry(self) -> Geometry:
         return Geometry(self.resolution, self._downscale, self.augmentation, self.crop, self.seed)
 
+    @property
+    def _streams(self) -> bool:
+        return any(options.stream for options in self.regularization)
+
     def _refuse_moving_cache(self) -> None:
+        if self.cache_latents is True and self._streams:
+            raise DataOptionError(
+                "data.cache_latents is true and keeps latents in memory, but regularization.stream is for sets that "
+                "are larger; set one of them to false"
+            )
         if self.cache_latents is True and not self.geometry.still:
             why = "augmentation resizes" if self.augmentation != "none" else "random crops move"
             raise DataOptionError(
@@ -188,7 +198,8 @@ class PersonalizationData(pl.LightningDataModule):
             self.load_state_dict(self._expected)
         if self.cache_latents is True and self._images is None:
             raise DataOptionError("data.cache_latents is true, but no image encoder is bound; call bind before setup")
-        if self.cache_latents is not False and self.geometry.still and self._images is not None:
+        kept = self.cache_latents is True or (self.cache_latents == "auto" and not self._streams)
+        if kept and self.geometry.still and self._images is not None:
             self.cache = LatentCache(self.samples, self.geometry, self._images)
             log.info("cached the latents of %d views", len(self.cache))
 

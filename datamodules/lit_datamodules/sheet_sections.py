@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from lit_datamodules.concept_folder import Concept, Sample
+from lit_datamodules.errors import DataError
 from lit_datamodules.order import Order
 from lit_datamodules.sheet import Section, Tile
 from lit_datamodules.training_view import Geometry, Shot, decide, mask_of, pixels_of, still
 
 
 def tile_of(sample: Sample, shot: Shot, geometry: Geometry, note: str) -> Tile:
-    """One view with the caption that goes with it."""
-    return Tile(pixels_of(sample, shot), shot.caption, note, mask_of(sample, shot, geometry.downscale))
+    """One view with the caption that goes with it; grey where a streamed picture turns out to be damaged."""
+    try:
+        pixels = pixels_of(sample, shot)
+    except DataError:
+        pixels, note = np.zeros((3, geometry.size, geometry.size), np.float32), f"{note}: damaged"
+    return Tile(pixels, shot.caption, note, mask_of(sample, shot, geometry.downscale))
 
 
 def file_name(sample: Sample) -> str:

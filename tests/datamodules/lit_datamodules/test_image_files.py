@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from lit_datamodules.errors import DataError
-from lit_datamodules.image_files import decode_image, list_images, natural_key, read_image
+from lit_datamodules.image_files import decode_image, list_images, natural_key, read_image, size_of
 
 RED, BLUE = (200, 30, 40), (20, 60, 180)
 
@@ -149,3 +151,15 @@ def test_missing_and_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "file.jpg").touch()
     with pytest.raises(DataError, match="is a file"):
         list_images(tmp_path / "file.jpg")
+
+
+@pytest.mark.parametrize(("size", "said"), [((1, 20_000), "1 x 20000 pixels is a strip"), ((30_000, 30_000), "bomb")])
+def test_absurd_pictures_are_refused_unread(size: tuple[int, int], said: str) -> None:
+    """By their headers: the large one has a file of a few bytes, and would have filled 2.5 GB."""
+    chunk = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
+    header = b"IHDR" + chunk
+    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(chunk)) + header + struct.pack(">I", zlib.crc32(header))
+    data += struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    for read in (decode_image, size_of):
+        with pytest.raises(DataError, match=f"cannot read picture absurd.*{said}"):
+            read(data, "absurd")

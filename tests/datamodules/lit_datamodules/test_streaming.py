@@ -48,7 +48,7 @@ def make(base: Any, folder: Callable[..., Path], tmp_path: Path) -> Make:
     ) -> PersonalizationData:
         sets = Regularization(shards=str(reg / "*.tar"), stream=stream, per_batch=2)
         concept = Concept(str(photos), "cat", "<new1>")
-        data = PersonalizationData([concept], 32, sets, **{"batch_size": 1, "cache_latents": False, **options})
+        data = PersonalizationData([concept], 32, sets, **{"batch_size": 1, **options})
         data.bind(base, base)
         data.trainer = SimpleNamespace(  # type: ignore[assignment]
             global_rank=rank, world_size=ranks, max_steps=steps, accumulate_grad_batches=1
@@ -64,7 +64,7 @@ def prior_ids(batch: dict[str, Any]) -> list[str]:
 
 
 def test_streamed_batches_are_those_from_memory(make: Make) -> None:
-    streamed, held = make(), make(stream=False)
+    streamed, held = make(), make(stream=False, cache_latents=False)
     assert all(isinstance(s.picture, StoredPicture) for s in streamed.samples if s.role)
     for step in range(3):
         ours, theirs = streamed.batch_of_step(step), held.batch_of_step(step)
@@ -193,6 +193,9 @@ def test_a_flipped_byte_of_a_jpeg_is_found_where_its_hash_is_stated(make: Make, 
                 assert len(contents.samples) == (not found) and all(s.pixels.any() for s in contents.samples)
 
 
-def test_only_shards_are_streamed() -> None:
+def test_what_cannot_be_streamed(make: Make) -> None:
+    with pytest.raises(DataOptionError, match="keeps latents in memory"):
+        make(cache_latents=True)
+    assert make().cache is None and make(stream=False).cache is not None
     with pytest.raises(DataOptionError, match="stream reads pictures from shards"):
         Regularization(folder="reg", stream=True)

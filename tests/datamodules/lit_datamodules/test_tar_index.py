@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from lit_datamodules.shard_sets import read_shards
 from lit_datamodules.shard_writer import MANIFEST, difference, write_shards
 from lit_datamodules.tar_index import index_tar, read_member, split_name
 
@@ -18,12 +20,14 @@ Files = dict[str, bytes]
 
 
 def samples_of(count: int = SAMPLES) -> list[Files]:
-    """Files of uneven sizes, some of them more than a block long."""
+    """Pictures of uneven sizes, most of them more than a block long, and metadata that may be no json."""
     rng = np.random.default_rng(3)
-    return [
-        {"jpg": rng.bytes(int(rng.integers(1, 3000))), "txt": f"sample {i}".encode(), "json": rng.bytes(5 + 100 * i)}
-        for i in range(count)
-    ]
+    found = []
+    for i in range(count):
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (9, 5 + 6 * i, 3), np.uint8)).save(buffer, "PNG")
+        found.append({"png": buffer.getvalue(), "txt": f"sample {i}".encode(), "json": rng.bytes(5 + 100 * i)})
+    return found
 
 
 def read(path: Path) -> dict[str, Files]:
@@ -82,6 +86,8 @@ def test_a_thousand_damaged_shards_lose_nothing_silently(tmp_path: Path) -> None
                 short = key not in found or set(found[key]) < set(files)
                 assert not short or index.faults or set(found.get(key, {})), f"seed {seed}: {key} went silently"
         assert damage.data == data or difference(path), f"seed {seed}: the manifest does not tell"
+        told = [record.fate for record in read_shards(0, str(path), 64).records]
+        assert "skipped" in told or damage.data == data
     assert recovered > 1000, "reading goes on behind damage"
 
 

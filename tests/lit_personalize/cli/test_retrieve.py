@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from lit_datamodules.shard_sets import read_shards
+from lit_datamodules.tar_index import index_tar
 from lit_personalize.cli.main import main
-from lit_personalize.tinyworld.dataset import sample_pictures, write_shards
+from lit_personalize.tinyworld.dataset import sample_pictures, write_folder, write_shards
 
 
 @pytest.fixture
@@ -47,6 +48,33 @@ def test_tasks_of_an_array_and_a_picture_as_query(
     assert main([*asked, "-o", str(tmp_path / "one")]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(many)
     assert json.loads(many)["queries"]["mine"]["kept"] == 4
+
+
+def test_a_streamed_set_trains_and_late_damage_is_in_the_manifest(
+    command: list[str], tiny_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--query", "photo of a critter", "--n", "4", "-o", "reg"]) == 0
+    write_folder(sample_pictures(2, 1, kind="critter"), tmp_path / "photos")
+    (tmp_path / "reg/shards.json").unlink()  # with it, the damage would be found at the start
+    entry = index_tar(Path("reg/00000.tar")).entries[1]
+    with Path("reg/00000.tar").open("r+b") as file:
+        file.seek(entry.members["jpg"].offset + entry.members["jpg"].size - 200)
+        file.write(b"damage")
+    (tmp_path / "run.yaml").write_text(
+        f"name: run\nmodel: {{init_args: {{base: {tiny_bases['sd1']}}}}}\n"
+        "data: {init_args: {concepts: [{path: photos, class_noun: critter, token: <new1>, captions: prompt}],\n"
+        "  regularization: {shards: reg/00000.tar, stream: true}, resolution: 32, batch_size: 4}}\n"
+        "sampling: {every: 100, steps: 2}\nexport: {verify: false}\ntrainer: {max_steps: 2}\n"
+    )
+    fit = ["fit", "-c", "custom_diffusion/sd15", "-c", "run.yaml"]
+    assert main(fit) == 3
+    assert f"00000.tar:{entry.key} is damaged: its sha256" in capsys.readouterr().err
+    assert main([*fit, "--data.init_args.strict", "false"]) == 0
+    lines = [json.loads(line) for line in Path("runs/run/manifest.jsonl").read_text().splitlines()]
+    fates = {line["path"]: line["fate"] for line in lines if ".tar:" in line["path"]}
+    assert list(fates.values()).count("skipped") == 1 and fates[f"reg/00000.tar:{entry.key}"] == "skipped"
 
 
 @pytest.mark.parametrize(
