@@ -7,6 +7,7 @@ matches of each other's pictures.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 from lit_personalize.tinyworld.captions import caption
 from lit_personalize.tinyworld.dataset import Pictures
 from lit_personalize.tinyworld.reader import reader_pictures
+from lit_personalize.tinyworld.scene import Scene
 from lit_personalize.tinyworld.tokenizer import build_tokenizer
 from lit_personalize.tinyworld.training import Log, Stage, run_stage
 
@@ -50,6 +52,15 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, ids: Tensor) 
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
+def groups_alike(scenes: Sequence[Scene]) -> list[np.ndarray]:
+    """Numbers of the scenes that share kind, background and the colour of what they show; groups of eight or more."""
+    found: dict[tuple[str, ...], list[int]] = {}
+    for number, scene in enumerate(scenes):
+        color = scene.things[0].color if scene.things else scene.color
+        found.setdefault((scene.kind, scene.background, color), []).append(number)
+    return [np.array(group) for group in found.values() if len(group) >= 8] or [np.arange(len(scenes))]
+
+
 def train_clip(
     state: Path,
     out: Path,
@@ -60,17 +71,30 @@ def train_clip(
     learning_rate: float = 1e-3,
     seed: int = 0,
     pictures: Pictures | None = None,
+    alike: float = 0.0,
+    start: Path | None = None,
     log: Log = print,
 ) -> CLIPModel:
-    """Train on pictures of all attributes and write a stock directory to `out`, weights in fp16."""
+    """Train on pictures of all attributes and write a stock directory to `out`, weights in fp16.
+
+    Args:
+        alike: Share of a batch that is one group of pictures alike in kind, background and colour, so that shapes,
+            textures and parts must tell them apart. At random hardly any two of a batch are, and a CLIP that reads
+            backgrounds and colours finds nearly every caption.
+        start: Directory of a CLIP whose weights are trained on.
+    """
     data = pictures or reader_pictures(state)
     tokenizer = build_tokenizer(state / "clip_tokenizer")
     torch.manual_seed(seed)
-    model = new_clip(tokenizer)
+    model = CLIPModel.from_pretrained(start, dtype=torch.float32) if start else new_clip(tokenizer)
+    groups = groups_alike(data.scenes)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng([seed, 4, step])
         picks = rng.integers(len(data), size=batch)
+        group = groups[int(rng.integers(len(groups)))]
+        close = min(round(alike * batch), len(group))
+        picks[:close] = rng.permutation(group)[:close]
         words = [caption(data.scenes[int(i)], rng) for i in picks]
         ids = tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
         pixels = torch.from_numpy(np.array(data.pixels[picks])).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -19,8 +19,8 @@ from PIL import Image
 from lit_datamodules.errors import DataError, DataOptionError
 from lit_datamodules.image_files import decode_image
 from lit_datamodules.manifest import sha256_of
+from lit_datamodules.retrieval.parts import BINS, Candidate, Part, fields_of
 from lit_datamodules.retrieval.plan import Plan
-from lit_datamodules.retrieval.scan import BINS, Candidate, Part
 from lit_datamodules.shard_writer import write_json, write_shards
 from lit_datamodules.tar_index import read_member
 
@@ -219,12 +219,8 @@ DCT = np.cos(np.pi * np.arange(8)[:, None] * (2 * np.arange(32)[None] + 1) / 64)
 
 def _sample(picture: Chosen) -> dict[str, bytes]:
     candidate = picture.candidate
-    try:
-        meta = json.loads(candidate.meta or "{}")
-    except ValueError:
-        meta = {}
     about = {
-        **(meta if isinstance(meta, dict) else {}),
+        **(fields_of(candidate.meta) or {}),
         "concepts": list(picture.similarities), "similarity": picture.similarities,
         "source": {"shard": candidate.shard, "key": candidate.key},
         "width": picture.width, "height": picture.height,

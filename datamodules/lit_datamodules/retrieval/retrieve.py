@@ -17,8 +17,9 @@ import numpy as np
 
 from lit_datamodules.errors import DataError, DataOptionError
 from lit_datamodules.retrieval.merge import Selection, merge
+from lit_datamodules.retrieval.parts import read_part, write_part
 from lit_datamodules.retrieval.plan import CaptionEncoder, Plan
-from lit_datamodules.retrieval.scan import read_part, scan_shard, write_part
+from lit_datamodules.retrieval.scan import scan_shard
 from lit_datamodules.shard_paths import shard_paths
 from lit_datamodules.shard_writer import write_json
 

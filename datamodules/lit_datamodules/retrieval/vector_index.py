@@ -1,0 +1,179 @@
+"""An index of caption embeddings, built once: later queries read no shard until pictures are taken from it.
+
+    index/
+      embeddings/SHARD.npy    fp16 [N, d], unit vectors in the shard's order
+      rows/SHARD.parquet      key, caption, json and place of every picture
+      vectors.faiss           inverted lists over all of them (Johnson et al., 2017, arXiv 1702.08734)
+      index.json              encoder, shards and counts; written last
+
+Embedding is resumable by shard and can be split over tasks like a scan; `build` merges what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from lit_datamodules.errors import DataError, DataOptionError
+from lit_datamodules.retrieval.parts import BINS, PICTURE, Candidate, Part, fields_of, read_table, write_table
+from lit_datamodules.retrieval.plan import CaptionEncoder, Plan
+from lit_datamodules.retrieval.shard_captions import captioned_batches
+from lit_datamodules.shard_writer import write_json
+
+log = logging.getLogger(__name__)
+
+TRAINING = 64
+"""Vectors per inverted list that place the lists."""
+PROBES = 0.1
+"""Share of the lists that a search looks into."""
+
+
+def faiss_module() -> Any:
+    """The faiss package.
+
+    Raises:
+        DataOptionError: It is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise DataOptionError("an index needs faiss: pip install 'lit-personalize[faiss]'") from error
+    return faiss
+
+
+def embed_shards(
+    shards: Mapping[str, Path], encoder: CaptionEncoder, folder: Path, batch_size: int = 256,
+    task: tuple[int, int] = (0, 1),
+) -> int:  # fmt: skip
+    """Embed every `task[1]`-th shard that is not embedded yet, from the `task[0]`-th on; returns how many.
+
+    Raises:
+        DataError: A shard cannot be read, or the folder belongs to another encoder.
+    """
+    about = {"encoder": encoder.fingerprint, "batch_size": batch_size}
+    note = folder / "encoder.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != about:
+        raise DataError(f"{folder} holds embeddings of another encoder or batch size; name another folder")
+    write_json(about, note)
+    mine = [name for i, name in enumerate(shards) if i % task[1] == task[0] and not _rows(folder, name).exists()]
+    for done, name in enumerate(mine, start=1):
+        part, vectors, rows = Part(name, 0), [], []
+        for group, tokens in captioned_batches(shards[name], part, batch_size, encoder):
+            vectors.append(encoder.embed(tokens).astype(np.float16))
+            rows += [row.row for row in group]
+        part.scanned = len(rows)
+        _save(folder, name, part, np.concatenate(vectors) if vectors else np.zeros((0, 0), np.float16), rows)
+        log.info("%s: %d captions embedded (%d of %d)", name, len(rows), done, len(mine))
+    return len(mine)
+
+
+def _rows(folder: Path, shard: str) -> Path:
+    return folder / "rows" / f"{quote(shard, safe='')}.parquet"
+
+
+def _vectors(folder: Path, shard: str) -> Path:
+    return folder / "embeddings" / f"{quote(shard, safe='')}.npy"
+
+
+def _save(folder: Path, shard: str, part: Part, vectors: np.ndarray, rows: list[dict[str, Any]]) -> None:
+    """Vectors first, rows last: a shard counts as embedded when its rows are there."""
+    path = _vectors(folder, shard)
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    np.save(temporary.with_suffix(".npy"), vectors)
+    os.replace(temporary.with_suffix(".npy"), path)
+    write_table(rows, PICTURE, part, _rows(folder, shard))
+
+
+def build(shards: Mapping[str, Path], folder: Path) -> dict[str, Any]:
+    """Make the searchable index of all embedded shards; returns what `index.json` says.
+
+    Raises:
+        DataError: Shards are not embedded yet, or there is nothing to index.
+    """
+    faiss = faiss_module()
+    if missing := [name for name in shards if not _rows(folder, name).exists()]:
+        raise DataError(f"{len(missing)} of {len(shards)} shards are not embedded yet: {', '.join(missing[:5])}")
+    loaded = {name: np.load(_vectors(folder, name), mmap_mode="r") for name in shards}
+    counts = {name: len(vectors) for name, vectors in loaded.items()}
+    total = sum(counts.values())
+    if not total:
+        raise DataError(f"{folder} holds no embedding: the shards have no captions")
+    width = next(vectors.shape[1] for vectors in loaded.values() if len(vectors))
+    lists = max(1, min(int(4 * total**0.5), total // TRAINING))
+    index = faiss.index_factory(width, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
+    index.train(_sample(loaded, min(total, TRAINING * lists)))
+    for vectors in loaded.values():
+        if len(vectors):
+            index.add(np.asarray(vectors, np.float32))
+    temporary = folder / f".tmp-{os.getpid()}.faiss"
+    faiss.write_index(index, str(temporary))
+    os.replace(temporary, folder / "vectors.faiss")
+    about = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+    report = {"format": 1, **about, "vectors": total, "width": width, "lists": lists, "shards": counts}
+    write_json(report, folder / "index.json")
+    return report
+
+
+def _sample(loaded: Mapping[str, np.ndarray], count: int) -> np.ndarray:
+    """`count` vectors drawn from all shards with a fixed seed."""
+    places = np.sort(np.random.default_rng(0).choice(sum(map(len, loaded.values())), count, replace=False))
+    found, start = [], 0
+    for vectors in loaded.values():
+        mine = places[(places >= start) & (places < start + len(vectors))] - start
+        found.append(np.asarray(vectors[mine], np.float32).reshape(len(mine), -1) if len(mine) else None)
+        start += len(vectors)
+    return np.concatenate([part for part in found if part is not None])
+
+
+def search(folder: Path, plan: Plan, queries: np.ndarray, probes: float = PROBES) -> Iterator[Part]:
+    """The candidates of a plan as parts, one per shard that has any.
+
+    The index proposes ten times `plan.keep` captions of all shards, which are compared again in full precision of the
+    kept embeddings; filters come after that. So what it finds is nearly, and not certainly, what a scan finds.
+
+    Args:
+        probes: Share of the inverted lists that are looked into; 1 looks at every vector.
+
+    Raises:
+        DataError: There is no finished index, or it is of another encoder.
+    """
+    path = folder / "index.json"
+    if not path.is_file():
+        raise DataError(f"{folder} holds no finished index; run `litp data index` to its end")
+    about = json.loads(path.read_text(encoding="utf-8"))
+    if about["encoder"] != plan.encoder:
+        raise DataError(f"{folder} was embedded by {about['encoder']}, and not by {plan.encoder}; give that encoder")
+    index = faiss_module().read_index(str(folder / "vectors.faiss"))
+    index.nprobe = max(1, round(probes * about["lists"]))
+    _, found = index.search(np.asarray(queries, np.float32), min(10 * plan.keep, about["vectors"]))
+    starts = np.cumsum([0, *about["shards"].values()])
+    for number, shard in enumerate(about["shards"]):
+        low, high = starts[number], starts[number + 1]
+        wanted = [np.sort(ids[(ids >= low) & (ids < high)]) - low for ids in found]
+        if any(map(len, wanted)):
+            yield _part(folder, shard, plan, queries, wanted)
+
+
+def _part(folder: Path, shard: str, plan: Plan, queries: np.ndarray, wanted: list[np.ndarray]) -> Part:
+    part, table = read_table(_rows(folder, shard))
+    vectors = np.load(_vectors(folder, shard), mmap_mode="r")
+    for query, column, places in zip(plan.queries, queries, wanted, strict=True):
+        part.histograms[query.name] = [0] * BINS  # of what was not compared nothing is known
+        values = np.asarray(vectors[places], np.float32) @ column
+        found = []
+        for row, value in zip(table.take(places).to_pylist(), values, strict=True):
+            if plan.filters.asks and (reason := plan.filters.reason(fields_of(row["meta"]) or {})):
+                part.dropped[reason] += 1
+                continue
+            found.append(Candidate.of(shard, row, query.name, float(value)))
+        part.candidates += sorted(found, key=lambda c: c.rank)
+    return part
