@@ -1,4 +1,4 @@
-"""`litp data check|sheet`: what a configuration's pictures and captions become. `retrieve` has a file of its own."""
+"""`litp data check|sheet`: what a configuration's pictures and captions become; `cli.retrieve` has the other two."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def native_geometry(base: str, config: str | None = None) -> tuple[int, int] | N
 
 
 def main(arguments: list[str]) -> int:
-    if arguments[:1] == ["retrieve"]:
+    if arguments[:1] in (["retrieve"], ["index"]):
         from lit_personalize.cli import retrieve
 
-        return retrieve.main(arguments[1:])
+        return (retrieve.main if arguments[0] == "retrieve" else retrieve.index)(arguments[1:])
     parser = argparse.ArgumentParser(prog="litp data", description="Check or show the data of a configuration.")
-    verbs = parser.add_subparsers(dest="what", required=True, metavar="check|sheet|retrieve")
+    verbs = parser.add_subparsers(dest="what", required=True, metavar="check|sheet|retrieve|index")
     for name, text in (("check", "read every file and count what is used"), ("sheet", "draw the first training views")):
         verb = verbs.add_parser(name, help=text)
         verb.add_argument("-c", "--config", action="append", required=True, help="YAML file or recipe; may be repeated")
@@ -56,6 +56,7 @@ def main(arguments: list[str]) -> int:
         default = Path("sheet.png" if name == "sheet" else "manifest.jsonl")
         verb.add_argument("-o", "--output", type=Path, default=default)
     verbs.add_parser("retrieve", help="find pictures for a regularization set in image-text shards", add_help=False)
+    verbs.add_parser("index", help="embed the captions of image-text shards for many retrievals", add_help=False)
     options = parser.parse_args(arguments)
     configure_logging()
     from lit_personalize.configuration import instantiate, parse

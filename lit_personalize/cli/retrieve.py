@@ -1,4 +1,4 @@
-"""`litp data retrieve`: a regularization set from image-text shards on local disks."""
+"""`litp data retrieve|index`: a regularization set from image-text shards on local disks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--query", action="append", default=[], help="a sentence: 'photo of a cat'; may be repeated")
     parser.add_argument("--image", action="append", default=[], type=Path, help="a picture as query; may be repeated")
-    parser.add_argument("--shards", action="append", required=True, help="'laion/{00000..00331}.tar'; may be repeated")
-    parser.add_argument("--clip", required=True, help="directory of the CLIPModel that compares, or tinyworld")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the set")
+    _add_encoder(parser)
     wanted = parser.add_argument_group("what is kept")
     wanted.add_argument("--n", type=int, default=200, help="pictures per query")
     wanted.add_argument("--min-similarity", type=float, help="least cosine, on the scale of this CLIP")
@@ -35,11 +34,50 @@ def build_parser() -> argparse.ArgumentParser:
     work = parser.add_argument_group("how it is done")
     work.add_argument("--task", type=_task, help="I/N: scan the I-th of N shares of the shards, and do not merge")
     work.add_argument("--merge", action="store_true", help="merge what tasks scanned, and scan nothing")
+    work.add_argument("--index", type=Path, help="folder that `litp data index` made; nothing is scanned")
+    work.add_argument("--probes", type=float, default=0.1, help="share of the index that is looked into, 1 for all")
     work.add_argument("--keep", type=int, help="candidates of a shard per query; default: four times n, at least 800")
-    work.add_argument("--batch-size", type=int, default=256, help="captions embedded at once")
-    add_device(work)  # type: ignore[arg-type]
-    add_json(parser)
     return parser
+
+
+def _add_encoder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shards", action="append", required=True, help="'laion/{00000..00331}.tar'; may be repeated")
+    parser.add_argument("--clip", required=True, help="directory of the CLIPModel that compares, or tinyworld")
+    parser.add_argument("--batch-size", type=int, default=256, help="captions embedded at once")
+    add_device(parser)
+    add_json(parser)
+
+
+def _encoder(options: argparse.Namespace) -> Any:
+    from lit_personalize.devices import device_of
+    from lit_personalize.metrics.caption_encoder import CaptionEncoder
+    from lit_personalize.metrics.features import clip_directory
+
+    folder = clip_directory(None, "tinyworld") if options.clip == "tinyworld" else Path(options.clip)
+    return CaptionEncoder(folder, device_of(options.device))
+
+
+def index(arguments: list[str]) -> int:
+    """`litp data index`."""
+    parser = argparse.ArgumentParser(
+        prog="litp data index", description="Embed the captions of shards once, for any number of retrievals."
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the index")
+    _add_encoder(parser)
+    parser.add_argument("--task", type=_task, help="I/N: embed the I-th of N shares of the shards, and do not build")
+    options = parser.parse_args(arguments)
+    configure_logging()
+    from lit_datamodules.retrieval import retrieve, vector_index
+
+    vector_index.faiss_module()  # whose absence is better said now
+    shards, task = retrieve.find_shards(options.shards), options.task or (0, 1)
+    done = vector_index.embed_shards(shards, _encoder(options), options.output, options.batch_size, task)
+    if options.task:
+        emit({"shards embedded": done, "next": "the same command without --task, after all tasks"}, options.json)
+        return 0
+    report = vector_index.build(shards, options.output)
+    emit({**report, "shards": report["shards"] if options.json else len(shards)}, options.json)
+    return 0
 
 
 def _task(text: str) -> tuple[int, int]:
@@ -56,25 +94,26 @@ def main(arguments: list[str]) -> int:
 
     from lit_datamodules.retrieval import retrieve
     from lit_datamodules.retrieval.merge import Selection
-    from lit_personalize.devices import device_of
     from lit_personalize.errors import UsageError
-    from lit_personalize.metrics.caption_encoder import CaptionEncoder
-    from lit_personalize.metrics.features import clip_directory
 
-    if options.task and options.merge:
-        raise UsageError("--task scans and --merge merges; give one of them")
+    if sum(map(bool, (options.task, options.merge, options.index))) > 1:
+        raise UsageError("--task scans, --merge merges and --index searches; give one of them")
     selection = Selection(options.n, options.min_similarity, options.percentile, options.near_duplicates)
-    shards = retrieve.find_shards(options.shards)
-    folder = clip_directory(None, "tinyworld") if options.clip == "tinyworld" else Path(options.clip)
-    encoder = CaptionEncoder(folder, device_of(options.device))
+    shards, encoder, out = retrieve.find_shards(options.shards), _encoder(options), options.output
     plan = _plan(options, encoder.fingerprint)
-    if not options.merge:
-        vectors = [encoder.image(q.image) if q.image else encoder.texts([q.text]) for q in plan.queries]
-        scanned = retrieve.scan(shards, plan, encoder, np.concatenate(vectors), options.output, options.task or (0, 1))
-        if options.task:
-            emit({"shards scanned": scanned, "next": "the same command with --merge, after all tasks"}, options.json)
-            return 0
-    report = retrieve.merge_parts(shards, plan, selection, options.output)
+    if options.merge:
+        report = retrieve.merge_parts(shards, plan, selection, out)
+    else:
+        queries = np.concatenate([encoder.image(q.image) if q.image else encoder.texts([q.text]) for q in plan.queries])
+        if options.index:
+            report = retrieve.merge_index(options.index, shards, plan, queries, selection, out, options.probes)
+        else:
+            scanned = retrieve.scan(shards, plan, encoder, queries, out, options.task or (0, 1))
+            if options.task:
+                then = "the same command with --merge, after all tasks"
+                emit({"shards scanned": scanned, "next": then}, options.json)
+                return 0
+            report = retrieve.merge_parts(shards, plan, selection, out)
     if options.json:
         emit(report, True)
         return 0

@@ -16,6 +16,7 @@ from urllib.parse import quote
 import numpy as np
 
 from lit_datamodules.errors import DataError, DataOptionError
+from lit_datamodules.retrieval import vector_index
 from lit_datamodules.retrieval.merge import Selection, merge
 from lit_datamodules.retrieval.parts import read_part, write_part
 from lit_datamodules.retrieval.plan import CaptionEncoder, Plan
@@ -86,3 +87,21 @@ def merge_parts(shards: dict[str, Path], plan: Plan, selection: Selection, out: 
     if missing := [name for name in shards if not part_path(folder, name).exists()]:
         raise DataError(f"{len(missing)} of {len(shards)} shards are not scanned yet: {', '.join(missing[:5])}")
     return merge((read_part(part_path(folder, name)) for name in shards), shards, plan, selection, out)
+
+
+def merge_index(
+    index: Path, shards: dict[str, Path], plan: Plan, queries: np.ndarray, selection: Selection, out: Path,
+    probes: float = vector_index.PROBES,
+) -> dict[str, Any]:  # fmt: skip
+    """Make the set in `out` from an index instead of a scan; see `merge` and `vector_index.search`.
+
+    Raises:
+        DataOptionError: A percentile is asked for: the index compares only what is near.
+        DataError: The index names shards that are not among `shards`.
+    """
+    if selection.percentile is not None:
+        raise DataOptionError("a percentile needs all similarities: scan without --index, or give --min-similarity")
+    parts = list(vector_index.search(index, plan, queries, probes))
+    if missing := [part.shard for part in parts if part.shard not in shards]:
+        raise DataError(f"the index {index} knows shards that are not given: {', '.join(missing[:5])}; name them all")
+    return merge(parts, shards, plan, selection, out)

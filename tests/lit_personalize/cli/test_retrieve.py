@@ -77,6 +77,20 @@ def test_a_streamed_set_trains_and_late_damage_is_in_the_manifest(
     assert list(fates.values()).count("skipped") == 1 and fates[f"reg/00000.tar:{entry.key}"] == "skipped"
 
 
+def test_an_index_is_made_once_and_asked_many_times(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = ["data", "index", *command[2:], "-o", str(tmp_path / "index"), "--json"]
+    assert main([*made, "--task", "1/2"]) == 0
+    assert json.loads(capsys.readouterr().out)["shards embedded"] == 2
+    assert main(made) == 0
+    assert json.loads(capsys.readouterr().out)["vectors"] == 40
+    asked = [*command, "--query", "photo of a critter", "--index", str(tmp_path / "index"), "--json"]
+    assert main([*asked, "--n", "6", "--probes", "1", "-o", str(tmp_path / "reg")]) == 0
+    assert json.loads(capsys.readouterr().out)["pictures"] == 6
+    assert not (tmp_path / "reg/parts").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "code", "said"),
     [
@@ -84,7 +98,8 @@ def test_a_streamed_set_trains_and_late_damage_is_in_the_manifest(
         (["--query", "a", "--min-similarity", "0.9999"], 3, "most similar caption per query: a: 0."),
         (["--query", "a", "--min-similarity", "0.5", "--percentile", "9"], 2, "give one"),
         (["--query", "a", "--merge"], 3, "4 of 4 shards are not scanned yet: 00000.tar"),
-        (["--query", "a", "--merge", "--task", "0/2"], 2, "--task scans and --merge merges"),
+        (["--query", "a", "--merge", "--task", "0/2"], 2, "--task scans, --merge merges and --index searches"),
+        (["--query", "a", "--index", "none"], 3, "none holds no finished index"),
         (["--image", "none.png"], 3, "cannot read picture none.png"),
         (["--query", "a", "--clip", "nowhere"], 3, "nowhere has no config.json"),
         (["--query", "a", "--shards", "none/{0..2}.tar"], 3, "shards are missing: none/0.tar"),
