@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 
-from lit_datamodules import inputs, manifest, regularization, sheet, sheet_sections
+from lit_datamodules import inputs, manifest, sheet, sheet_sections
 from lit_datamodules.collating import Collator, Drawn, draw
 from lit_datamodules.concept_folder import Concept, Sample
 from lit_datamodules.errors import DataOptionError
+from lit_datamodules.generated_sets import draw_set
 from lit_datamodules.latent_cache import LatentCache
 from lit_datamodules.order import INSTANCE, PRIOR, Mixing, Order, Slot
 from lit_datamodules.protocols import Generator, ImageEncoder, TextEncoder
@@ -175,7 +176,7 @@ class PersonalizationData(pl.LightningDataModule):
         """Draw generated regularization sets that are not there yet; one process does it for all."""
         for options in self.regularization:
             if options.generate:
-                regularization.generated_folder(options, self._generator, self._identity)
+                draw_set(options.generated(self._identity), Path(options.cache), self._generator)
 
     def setup(self, stage: str | None = None) -> None:
         """Read all pictures and captions once; a second call does nothing.

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from PIL import Image
 
 from lit_datamodules import manifest
 from lit_datamodules.captions import read_caption
 from lit_datamodules.concept_folder import FolderContents, record_of, sample_of
 from lit_datamodules.errors import DataError, DataOptionError
+from lit_datamodules.generated_sets import GeneratedSet, draw_set
 from lit_datamodules.image_files import list_images, read_image
 from lit_datamodules.manifest import Record
 from lit_datamodules.order import PRIOR
@@ -61,6 +53,10 @@ class Regularization:
         if self.per_batch is not None and self.per_batch < 1:
             raise DataOptionError(f"regularization.per_batch must be at least 1, not {self.per_batch}")
 
+    def generated(self, identity: str) -> GeneratedSet:
+        """What `generate` asks of a base of this identity."""
+        return GeneratedSet(self.prompt, self.generate, self.seed, identity)
+
 
 def read_set(
     index: int, options: Regularization, longest: int, generator: Generator | None, identity: str
@@ -79,7 +75,7 @@ def read_set(
     """
     if options.shards:
         return read_shards(index, options.shards, longest, options.stream)
-    folder = Path(options.folder) if options.folder else generated_folder(options, generator, identity)
+    folder = Path(options.folder or draw_set(options.generated(identity), Path(options.cache), generator))
     return read_folder(index, folder, options.prompt, longest)
 
 
@@ -143,52 +139,3 @@ def _find(folder: Path, line: str) -> Path:
         if candidate.is_file():
             return candidate
     return Path(line)
-
-
-# ---- generated sets -------------------------------------------------------------------------------------
-
-
-def generated_path(options: Regularization, identity: str) -> Path:
-    """Where a generated set lies: named by everything that decides its pictures."""
-    key = json.dumps([identity, options.prompt, options.generate, options.seed]).encode()
-    return Path(options.cache) / hashlib.sha256(key).hexdigest()[:16]
-
-
-def generated_folder(options: Regularization, generator: Generator | None, identity: str) -> Path:
-    """Draw a set once and keep it; the folder appears when it is whole.
-
-    Raises:
-        DataOptionError: It is not there yet, and no base is bound that could draw it.
-        DataError: The base gave something else than pictures.
-    """
-    folder = generated_path(options, identity)
-    if folder.is_dir():
-        return folder
-    if generator is None:
-        raise DataOptionError(f"the regularization set {options.prompt!r} is not generated yet, and no base is bound")
-    partial = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        for start in range(0, options.generate, 16):
-            numbers = range(start, min(start + 16, options.generate))
-            drawn = _as_array(generator([options.prompt] * len(numbers), [options.seed + n for n in numbers]))
-            if drawn.shape[0] != len(numbers) or drawn.dtype != np.uint8 or drawn.shape[-1] != 3:
-                raise DataError(f"the generator gave {drawn.dtype} {drawn.shape}, not uint8 [{len(numbers)}, H, W, 3]")
-            for number, pixels in zip(numbers, drawn, strict=True):
-                buffer = io.BytesIO()
-                Image.fromarray(pixels).save(buffer, "PNG")
-                (partial / f"{number:05d}.png").write_bytes(buffer.getvalue())
-                (partial / f"{number:05d}.txt").write_text(options.prompt + "\n", encoding="utf-8")
-        os.replace(partial, folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-        # Another process was first; the same seeds gave it the same pictures.
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
-
-
-def _as_array(drawn: Any) -> np.ndarray:
-    return np.asarray(drawn.cpu() if hasattr(drawn, "cpu") else drawn)

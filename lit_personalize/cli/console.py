@@ -51,6 +51,18 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help=JSON_HELP)
 
 
+def task_of(text: str) -> tuple[int, int]:
+    """Read "I/N", one of N shares of a piece of work; for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: It is something else, or there is no such share.
+    """
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no I/N with I from 0 to N-1, such as 3/16")
+    return int(number), int(count)
+
+
 def where_things_are(folder: Path, stream: TextIO) -> None:
     """A table of the run's files that exist."""
     from rich.console import Console

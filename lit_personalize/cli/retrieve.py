@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from lit_personalize.cli.console import add_device, add_json, configure_logging, emit
+from lit_personalize.cli.console import add_device, add_json, configure_logging, emit, task_of
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="litp data retrieve",
         description="Find pictures whose captions mean what a query means, and pack them as a regularization set.",
+        epilog="Without shards, --generate N lets the base draw the set: litp data retrieve --generate N --help",
     )
     parser.add_argument("--query", action="append", default=[], help="a sentence: 'photo of a cat'; may be repeated")
     parser.add_argument("--image", action="append", default=[], type=Path, help="a picture as query; may be repeated")
@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     wanted.add_argument("--licence", action="append", default=[], help="accepted licence; may be repeated")
     wanted.add_argument("--language", action="append", default=[], help="accepted language; may be repeated")
     work = parser.add_argument_group("how it is done")
-    work.add_argument("--task", type=_task, help="I/N: scan the I-th of N shares of the shards, and do not merge")
+    work.add_argument("--task", type=task_of, help="I/N: scan the I-th of N shares of the shards, and do not merge")
     work.add_argument("--merge", action="store_true", help="merge what tasks scanned, and scan nothing")
     work.add_argument("--index", type=Path, help="folder that `litp data index` made; nothing is scanned")
     work.add_argument("--probes", type=float, default=0.1, help="share of the index that is looked into, 1 for all")
@@ -64,7 +64,7 @@ def index(arguments: list[str]) -> int:
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the index")
     _add_encoder(parser)
-    parser.add_argument("--task", type=_task, help="I/N: embed the I-th of N shares of the shards, and do not build")
+    parser.add_argument("--task", type=task_of, help="I/N: embed the I-th of N shares of the shards, and do not build")
     options = parser.parse_args(arguments)
     configure_logging()
     from lit_datamodules.retrieval import retrieve, vector_index
@@ -80,14 +80,11 @@ def index(arguments: list[str]) -> int:
     return 0
 
 
-def _task(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found or int(found[1]) >= int(found[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no I/N with I from 0 to N-1, such as 3/16")
-    return int(found[1]), int(found[2])
-
-
 def main(arguments: list[str]) -> int:
+    if any(argument.partition("=")[0] == "--generate" for argument in arguments):
+        from lit_personalize.cli import generate_set
+
+        return generate_set.main(arguments)
     options = build_parser().parse_args(arguments)
     configure_logging()
     import numpy as np

@@ -91,6 +91,23 @@ def test_an_index_is_made_once_and_asked_many_times(
     assert not (tmp_path / "reg/parts").exists()
 
 
+def test_a_set_that_the_base_draws(
+    tiny_bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["data", "retrieve", "--generate", "17", "--query", "a cat", "--query", "a dog", "--steps", "1", "--json",
+               "--base", str(tiny_bases["sd1"])]  # fmt: skip
+    assert main([*command, "-o", str(tmp_path / "one")]) == 0
+    assert json.loads(capsys.readouterr().out)["pictures"] == 34
+    for task, pictures in (("1/2", 0), ("0/2", 34)):
+        assert main([*command, "-o", str(tmp_path / "two"), "--task", task]) == 0
+        assert json.loads(capsys.readouterr().out)["pictures"] == pictures
+    assert (tmp_path / "one/00000.tar").read_bytes() == (tmp_path / "two/00000.tar").read_bytes()
+    captions = [sample.captions for sample in read_shards(0, str(tmp_path / "one/00000.tar"), 64).samples]
+    assert captions == [("a cat",)] * 17 + [("a dog",)] * 17
+    assert main([*command, "-o", str(tmp_path / "none"), "--generate", "0"]) == 2
+    assert "--generate 0: at least 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "code", "said"),
     [
