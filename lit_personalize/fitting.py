@@ -156,8 +156,8 @@ def training_device(built: Namespace) -> torch.device:
     return device_of(accelerator) if accelerator in ("auto", "gpu", "cuda") else torch.device("cpu")
 
 
-def prepare_data(built: Namespace, run: RunDirectory) -> None:
-    """Bind the base's encoders to the data module, read everything, write manifest and sheet."""
+def bind_data(built: Namespace) -> None:
+    """Put the base where it will train, and give its encoders to the data module."""
     objective: Denoising = built.model
     data: Any = built.data
     objective.configure_model()
@@ -170,6 +170,13 @@ def prepare_data(built: Namespace, run: RunDirectory) -> None:
             return generate(base, list(captions), list(seeds), None, how, data.resolution)
 
         data.bind(base, base, draw, f"{base.fingerprint} {base.dtype} {base.vae.dtype} {how}")
+
+
+def prepare_data(built: Namespace, run: RunDirectory) -> None:
+    """Bind the base's encoders to the data module, read everything, write manifest and sheet."""
+    bind_data(built)
+    objective: Denoising = built.model
+    data: Any = built.data
     try:
         data.prepare_data()
         data.setup("fit")
@@ -177,6 +184,9 @@ def prepare_data(built: Namespace, run: RunDirectory) -> None:
         if hasattr(data, "write_manifest"):
             data.write_manifest(run.manifest)
     preflight.check(objective, data)
+    if getattr(data, "text_store", None) is not None and not objective.trains_text:
+        known, encoded = objective.keep_states(data.captions, data.text_store)
+        log.info("text states of %d captions, %d of them were known", known + encoded, known)
     if hasattr(data, "write_sheet"):
         data.write_sheet(run.sheet)
 

@@ -99,7 +99,7 @@ class Sample:
     def identity(self) -> str:
         """What tells its bytes from others: a hash, or place and hash of its shard."""
         if isinstance(self.picture, StoredPicture):
-            return self.picture.identity
+            return self.picture.sha256 or self.picture.identity
         return self.record.sha256 if self.record else ""
 
 

@@ -1,4 +1,4 @@
-"""VAE posteriors of pictures whose views do not change, encoded once and kept in memory.
+"""VAE posteriors of pictures whose views do not change, encoded once: kept in memory, or in a store that runs share.
 
 Mean and standard deviation are kept rather than a draw: every step still draws its own latent.
 """
@@ -12,29 +12,94 @@ import torch
 from torch import Tensor
 
 from lit_datamodules.concept_folder import Sample
+from lit_datamodules.errors import DataError
 from lit_datamodules.protocols import ImageEncoder
+from lit_datamodules.stored_picture import StoredPicture
+from lit_datamodules.tensor_store import TensorStore, key_of
 from lit_datamodules.training_view import Geometry, pixels_of, still
 
 CHUNK = 4  # pictures per pass of the VAE, whose activations are large
+PER_FILE = 64
+"""Posteriors that are put into a store at once."""
+View = tuple[int, bool]
+"""A sample's number, and whether it is mirrored."""
 
 
 class LatentCache:
-    """Posteriors by (sample number, mirrored); mirror images are kept only of samples that are mirrored."""
+    """Posteriors by view; mirror images are kept only of samples that are mirrored.
 
-    def __init__(self, samples: Sequence[Sample], geometry: Geometry, encoder: ImageEncoder):
-        keys = [(i, flip) for i, s in enumerate(samples) for flip in ((False, True) if s.flip else (False,))]
-        self._posteriors: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
-        for start in range(0, len(keys), CHUNK):
-            chunk = keys[start : start + CHUNK]
-            views = [pixels_of(samples[i], still(samples[i], geometry, flip)) for i, flip in chunk]
-            mean, std = encoder.encode_pixels(torch.from_numpy(np.stack(views)))
-            for key, m, s in zip(chunk, mean.float().cpu(), std.float().cpu(), strict=True):
-                self._posteriors[key] = (m.clone(), s.clone())
+    Args:
+        samples: All of the training.
+        geometry: Of their views, which must be still.
+        encoder: Encodes what is not there yet.
+        store: Keeps posteriors on disk, under keys that hold the picture's bytes, all that decides its view, and the
+            weights and precision of the VAE. Without it, everything is encoded into memory.
+        task: With a store: encode the `task[0]`-th of `task[1]` shares of what is missing.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        geometry: Geometry,
+        encoder: ImageEncoder,
+        store: TensorStore | None = None,
+        task: tuple[int, int] = (0, 1),
+    ):
+        self.samples = samples
+        self.geometry = geometry
+        self.store = store
+        self.damaged: dict[int, str] = {}
+        """Samples whose streamed picture cannot be read, with the reason."""
+        views = [(i, flip) for i, s in enumerate(samples) for flip in ((False, True) if s.flip else (False,))]
+        self._kept: dict[View, tuple[Tensor, Tensor]] = {}
+        self._keys: dict[View, str] = {}
+        if store is not None:
+            self._keys = {view: self._key(view, encoder.vae_identity) for view in views}
+        missing = [view for view in views if store is None or self._keys[view] not in store]
+        self.encoded = missing[task[0] :: task[1]]
+        """Views that were not known, and that this process encoded."""
+        self.hits, self.misses = len(views) - len(missing), len(missing)
+        self._fill(self.encoded, encoder)
+        if store is not None:  # streamed pictures are more than memory holds, and so may their latents be
+            held = [view for view in views if not isinstance(samples[view[0]].picture, StoredPicture)]
+            self._kept = {view: self._read(view) for view in held if self._keys[view] in store}
+
+    def _key(self, view: View, vae: str) -> str:
+        sample = self.samples[view[0]]
+        shot = still(sample, self.geometry, view[1])
+        return key_of("posterior 1", sample.identity, sample.size, shot.box, self.geometry.size, view[1], vae)
+
+    def _fill(self, views: Sequence[View], encoder: ImageEncoder) -> None:
+        made: dict[View, tuple[Tensor, Tensor]] = {}
+        for start in range(0, len(views), CHUNK):
+            pictures = [(view, self._pixels(view)) for view in views[start : start + CHUNK]]
+            drawn = [(view, pixels) for view, pixels in pictures if pixels is not None]
+            if drawn:
+                mean, std = encoder.encode_pixels(torch.from_numpy(np.stack([pixels for _, pixels in drawn])))
+                for (view, _), m, s in zip(drawn, mean.float().cpu(), std.float().cpu(), strict=True):
+                    made[view] = (m.clone(), s.clone())
+            if self.store is not None and (len(made) >= PER_FILE or start + CHUNK >= len(views)):
+                self.store.put({self._keys[view]: {"mean": m, "std": s} for view, (m, s) in made.items()})
+                made = {}
+        self._kept.update(made)
+
+    def _pixels(self, view: View) -> np.ndarray | None:
+        sample = self.samples[view[0]]
+        try:
+            return pixels_of(sample, still(sample, self.geometry, view[1]))
+        except DataError as error:
+            self.damaged[view[0]] = str(error)
+            return None
+
+    def _read(self, view: View) -> tuple[Tensor, Tensor]:
+        entry = self.store.get(self._keys[view]) if self.store is not None else {}
+        return entry["mean"], entry["std"]
 
     def __len__(self) -> int:
-        return len(self._posteriors)
+        return self.hits + self.misses
 
-    def batch(self, keys: Sequence[tuple[int, bool]]) -> tuple[Tensor, Tensor]:
+    def batch(self, keys: Sequence[View]) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, fp32 `[len(keys), C, h, w]`."""
-        means, deviations = zip(*(self._posteriors[key] for key in keys), strict=True)
+        found = [self._kept[key] if key in self._kept else self._read(key) for key in keys]
+        means, deviations = zip(*found, strict=True)
         return torch.stack(means), torch.stack(deviations)

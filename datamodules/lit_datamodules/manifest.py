@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -62,6 +62,11 @@ def ignore_rest(folder: Path, seen: Iterable[str]) -> list[Record]:
                 reason = "not a jpg, png or webp file"
             records.append(Record(str(path), "ignored", reason))
     return records
+
+
+def skip(records: list[Record], path: str, reason: str) -> None:
+    """Note that an input which was counted as used turned out to be damaged; it stays told once."""
+    records[:] = [replace(r, fate="skipped", reason=reason) if r.path == path else r for r in records]
 
 
 def check_skipped(records: Sequence[Record], strict: bool, max_skipped: int) -> None:

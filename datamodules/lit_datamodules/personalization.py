@@ -24,9 +24,10 @@ from lit_datamodules.latent_cache import LatentCache
 from lit_datamodules.order import INSTANCE, PRIOR, Mixing, Order, Slot
 from lit_datamodules.protocols import Generator, ImageEncoder, TextEncoder
 from lit_datamodules.regularization import Regularization
-from lit_datamodules.resize_augmentation import CropMode
+from lit_datamodules.resize_augmentation import LARGE_PREFIXES, SMALL_PREFIXES, CropMode
 from lit_datamodules.step_loader import FixedLoader, StepLoader, WorkerStart
 from lit_datamodules.substitution import Substitution
+from lit_datamodules.tensor_store import TensorStore
 from lit_datamodules.training_view import Augmentation, Geometry
 
 log = logging.getLogger(__name__)
@@ -47,8 +48,9 @@ class PersonalizationData(pl.LightningDataModule):
         crop: Of pictures that are not square: "center", "random", or "squash" to a square.
         flip: Share of mirrored instance views, true for half of them.
         mixing: Of several concepts: "interleaved" in turns, "joint" by their number of pictures.
-        cache_latents: Encode every picture once and keep that in memory; "auto" does it where views do not change and
-            no set is streamed.
+        cache_latents: Encode every picture once; "auto" does it where views do not change. Latents are kept in memory,
+            or, of streamed sets, in `cache_dir`, without which they are not kept.
+        cache_dir: Folder in which latents and text states are kept for all runs; see `litp data cache`.
         num_workers: Processes that draw views; unused where latents are cached.
         worker_start: How they are started: "fork", "spawn" or "forkserver"; None takes Python's default.
         elastic: Go on from a checkpoint with another number of ranks; otherwise that is refused.
@@ -68,6 +70,7 @@ class PersonalizationData(pl.LightningDataModule):
         flip: bool | float = False,
         mixing: Mixing = "interleaved",
         cache_latents: bool | Literal["auto"] = "auto",
+        cache_dir: str | None = None,
         num_workers: int = 0,
         worker_start: WorkerStart | None = None,
         elastic: bool = False,
@@ -92,6 +95,9 @@ class PersonalizationData(pl.LightningDataModule):
         self.crop: CropMode = crop
         self.mixing: Mixing = mixing
         self.cache_latents = cache_latents
+        self.cache_dir = Path(cache_dir) if cache_dir else None
+        self.task = (0, 1)
+        """The share of what a cache lacks that this process fills; `litp data cache` sets it."""
         self.num_workers = num_workers
         self.worker_start: WorkerStart | None = worker_start
         self.elastic = elastic
@@ -161,16 +167,23 @@ class PersonalizationData(pl.LightningDataModule):
         return any(options.stream for options in self.regularization)
 
     def _refuse_moving_cache(self) -> None:
-        if self.cache_latents is True and self._streams:
+        if self.cache_latents is True and self._streams and self.cache_dir is None:
             raise DataOptionError(
                 "data.cache_latents is true and keeps latents in memory, but regularization.stream is for sets that "
-                "are larger; set one of them to false"
+                "are larger; name a data.cache_dir, or set one of them to false"
             )
-        if self.cache_latents is True and not self.geometry.still:
-            why = "augmentation resizes" if self.augmentation != "none" else "random crops move"
+        if self.cache_latents is True and self.why_not_still:
             raise DataOptionError(
-                f"data.cache_latents is true, but {why} the pictures at every step; set it to auto, or turn that off"
+                f"data.cache_latents is true, but {self.why_not_still}; set it to auto, or turn that off"
             )
+
+    @property
+    def why_not_still(self) -> str:
+        """Why latents cannot be kept; "" if they can."""
+        if self.geometry.still:
+            return ""
+        what = "augmentation resizes" if self.augmentation != "none" else "random crops move"
+        return f"{what} the pictures at every step"
 
     def prepare_data(self) -> None:
         """Draw generated regularization sets that are not there yet; one process does it for all."""
@@ -199,10 +212,34 @@ class PersonalizationData(pl.LightningDataModule):
             self.load_state_dict(self._expected)
         if self.cache_latents is True and self._images is None:
             raise DataOptionError("data.cache_latents is true, but no image encoder is bound; call bind before setup")
-        kept = self.cache_latents is True or (self.cache_latents == "auto" and not self._streams)
-        if kept and self.geometry.still and self._images is not None:
-            self.cache = LatentCache(self.samples, self.geometry, self._images)
-            log.info("cached the latents of %d views", len(self.cache))
+        if self.cache_latents is not False and self.geometry.still and self._images is not None:
+            if self.cache_dir is not None or not self._streams:
+                self.cache = self._filled(self._images)
+
+    def _filled(self, images: ImageEncoder) -> LatentCache:
+        store = TensorStore(self.cache_dir / "latents") if self.cache_dir else None
+        cache = LatentCache(self.samples, self.geometry, images, store, self.task)
+        if cache.damaged:
+            for number, reason in cache.damaged.items():
+                manifest.skip(self.records, self.samples[number].name, reason)
+            manifest.check_skipped(self.records, self.strict, self.max_skipped)
+            self.samples = [s for i, s in enumerate(self.samples) if i not in cache.damaged]
+            cache = LatentCache(self.samples, self.geometry, images, store, self.task)
+        known = f", {cache.hits} of them were known" if store else ""
+        log.info("cached the latents of %d views%s", len(cache), known)
+        return cache
+
+    @property
+    def captions(self) -> list[str]:
+        """Every caption that training can show, with the prefixes of the resize augmentation."""
+        prefixes = ("", *SMALL_PREFIXES, *LARGE_PREFIXES) if self.geometry.augmentation != "none" else ("",)
+        said = [(c, prefixes if s.role == INSTANCE else ("",)) for s in self.samples for c in s.captions]
+        return list(dict.fromkeys(prefix + caption for caption, before in said for prefix in before))
+
+    @property
+    def text_store(self) -> TensorStore | None:
+        """Where text states are kept for all runs, if a folder is named for it."""
+        return TensorStore(self.cache_dir / "text") if self.cache_dir else None
 
     # ---- batches ----------------------------------------------------------------------------------
 

@@ -30,6 +30,10 @@ class ImageEncoder(Protocol):
     def needs_time_ids(self) -> bool:
         """Whether batches carry SDXL's size conditioning."""
 
+    @property
+    def vae_identity(self) -> str:
+        """Changes with the weights and the precision of what `encode_pixels` runs."""
+
     def encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation `[B, C, h, w]` of pixels `[B, 3, H, W]` in [-1, 1]."""
 

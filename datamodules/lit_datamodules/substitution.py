@@ -8,7 +8,7 @@ from dataclasses import replace
 from lit_datamodules.collating import Drawn
 from lit_datamodules.concept_folder import Sample
 from lit_datamodules.errors import DataError
-from lit_datamodules.manifest import Record, check_skipped
+from lit_datamodules.manifest import Record, check_skipped, skip
 from lit_datamodules.order import Slot
 
 
@@ -62,7 +62,5 @@ class Substitution:
 
     def _note(self, number: int, damage: str) -> None:
         self._damaged.add(number)
-        sample = self.samples[number]
-        record = replace(sample.record or Record(sample.name, "skipped"), fate="skipped", reason=damage)
-        self.records[:] = [record if r.path == sample.name else r for r in self.records]
+        skip(self.records, self.samples[number].name, damage)
         check_skipped(self.records, self.strict, self.max_skipped)

@@ -7,6 +7,7 @@ Text encoders, VAE and UNet are stock diffusers and transformers modules; famili
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_kernels.attention import AttentionProcessor, install
+from lit_personalize.backbones.fingerprint import weights_identity
 from lit_personalize.backbones.noise import NoiseSchedule
 from lit_personalize.backbones.token_rows import AddedRows
 from lit_personalize.errors import UsageError
@@ -183,6 +185,16 @@ class Base(nn.Module):
                 "load it in float32 (vae_dtype: float32) or use the fp16-fixed VAE"
             )
         return mean, std
+
+    @functools.cached_property
+    def vae_identity(self) -> str:
+        """Changes with the VAE's weights and precision; the same for every base that has this VAE."""
+        return weights_identity(self.vae)
+
+    @functools.cached_property
+    def text_identity(self) -> str:
+        """Changes with the weights and precision of the text encoders."""
+        return "+".join(weights_identity(encoder) for encoder in self.text_encoders)
 
     def scale_latents(self, latents: Tensor) -> Tensor:
         """Unscaled VAE latents to the UNet's range."""

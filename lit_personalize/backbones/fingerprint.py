@@ -7,6 +7,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+from torch import nn
+
 _HASHED: dict[tuple[str, int, int], str] = {}
 
 
@@ -31,3 +34,12 @@ def fingerprint_of(path: Path, edits: Iterable[str] = ()) -> str:
     hashes = {p.name if path.is_file() else p.relative_to(path).as_posix(): _hash_file(p) for p in files}
     text = json.dumps({"weights": hashes, "edits": list(edits)}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def weights_identity(module: nn.Module) -> str:
+    """Sixteen hex digits for the weights and buffers of a module as they are in memory, and their precision."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""`litp data check|sheet`: what a configuration's pictures and captions become; `cli.retrieve` has the other two."""
+"""`litp data check|sheet`: what a configuration's pictures and captions become; the other verbs have their files."""
 
 from __future__ import annotations
 
@@ -43,12 +43,13 @@ def native_geometry(base: str, config: str | None = None) -> tuple[int, int] | N
 
 
 def main(arguments: list[str]) -> int:
-    if arguments[:1] in (["retrieve"], ["index"]):
-        from lit_personalize.cli import retrieve
+    if arguments[:1] in (["retrieve"], ["index"], ["cache"]):
+        from lit_personalize.cli import cache, retrieve
 
-        return (retrieve.main if arguments[0] == "retrieve" else retrieve.index)(arguments[1:])
+        own = {"retrieve": retrieve.main, "index": retrieve.index, "cache": cache.main}
+        return own[arguments[0]](arguments[1:])
     parser = argparse.ArgumentParser(prog="litp data", description="Check or show the data of a configuration.")
-    verbs = parser.add_subparsers(dest="what", required=True, metavar="check|sheet|retrieve|index")
+    verbs = parser.add_subparsers(dest="what", required=True, metavar="check|sheet|cache|retrieve|index")
     for name, text in (("check", "read every file and count what is used"), ("sheet", "draw the first training views")):
         verb = verbs.add_parser(name, help=text)
         verb.add_argument("-c", "--config", action="append", required=True, help="YAML file or recipe; may be repeated")
@@ -56,6 +57,7 @@ def main(arguments: list[str]) -> int:
         default = Path("sheet.png" if name == "sheet" else "manifest.jsonl")
         verb.add_argument("-o", "--output", type=Path, default=default)
     verbs.add_parser("retrieve", help="find pictures for a regularization set in image-text shards", add_help=False)
+    verbs.add_parser("cache", help="encode pictures and captions of a configuration once, for all runs", add_help=False)
     verbs.add_parser("index", help="embed the captions of image-text shards for many retrievals", add_help=False)
     options = parser.parse_args(arguments)
     configure_logging()

@@ -16,7 +16,9 @@ from lit_personalize import randomness
 from lit_personalize.adapters.protocol import Adapter
 from lit_personalize.backbones.base import Conditioning
 from lit_personalize.batch import Batch, Role
+from lit_personalize.errors import UsageError
 from lit_personalize.objectives.objective import Loss, Objective, OptimizerFactory, SchedulerFactory
+from lit_personalize.objectives.text_states import StateStore, TextStates
 
 
 class Denoising(Objective):
@@ -61,7 +63,7 @@ class Denoising(Objective):
         self.noise_offset = noise_offset
         self.caption_dropout = caption_dropout
         self.timesteps = timesteps
-        self._states: dict[bytes, tuple[Tensor, Tensor | None]] = {}
+        self._states = TextStates()
 
     def options(self) -> dict[str, Any]:
         """What decides the loss besides data and seed, for a checkpoint to note."""
@@ -119,27 +121,19 @@ class Denoising(Objective):
         if self.trains_text:
             states, pooled = base.encode_text(ids)
         else:
-            states, pooled = self._cached_states(ids)
+            states, pooled = self._states.of(base, ids)
         told = Conditioning(states, pooled, time_ids)
         return told.zeroed(drop) if drop is not None and base.force_zeros_for_empty_prompt else told
 
-    @torch.no_grad()
-    def _cached_states(self, ids: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Encode every distinct caption once, by itself; personalization repeats few of them.
+    def keep_states(self, captions: Sequence[str], store: StateStore) -> tuple[int, int]:
+        """Take text states from a store that runs share; see `TextStates.keep`.
 
-        Encoded together, a caption's states would depend in the last bit on the others, which a resumed run meets
-        in another order.
+        Raises:
+            UsageError: An adapter trains the text side: its states change at every step.
         """
-        keys = [b"".join(i[b].cpu().numpy().tobytes() for i in ids) for b in range(len(ids[0]))]
-        if len(self._states) > 4096:
-            self._states.clear()
-        for b, key in enumerate(keys):
-            if key not in self._states:
-                states, pooled = self.built.encode_text([i[b : b + 1] for i in ids])
-                self._states[key] = (states[0], None if pooled is None else pooled[0])
-        found = [self._states[key] for key in keys]
-        pooled_rows = [p for _, p in found if p is not None]
-        return torch.stack([s for s, _ in found]), torch.stack(pooled_rows) if pooled_rows else None
+        if self.trains_text:
+            raise UsageError("text states cannot be kept: an adapter trains the text side and changes them every step")
+        return self._states.keep(self.built, captions, store)
 
     # ---- the loss ---------------------------------------------------------------------------------
 
