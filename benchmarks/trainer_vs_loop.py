@@ -11,12 +11,8 @@ median over the rounds of the ratio of the two median steps.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,6 +32,7 @@ from lit_personalize.backbones.loading import load_base, parts_of
 from lit_personalize.cli.console import configure_logging
 from lit_personalize.fitting import _quiet_lightning
 from lit_personalize.objectives.denoising import Denoising
+from lit_personalize.report.circumstances import circumstances
 from lit_personalize.tinyworld.dataset import sample_pictures, write_folder
 
 CAPTION = "a photo of a star"
@@ -147,29 +144,6 @@ def measure(photos: Path, source: str, batch: int, steps: int, rounds: int, cloc
     }
 
 
-def circumstances(options: argparse.Namespace) -> dict[str, Any]:
-    """Where and how it was measured."""
-    folder = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=folder, capture_output=True, text=True
-    )
-    described = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    models = [line.partition(":")[2].strip() for line in described.splitlines() if line.startswith("model name")]
-    return {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
-        "processor": models[0] if models else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "base": options.base,
-        "clock": options.clock,
-        "steps per round": options.steps,
-        "rounds": options.rounds,
-        "asked ratio": ASKED,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trainer against a bare loop, side by side.")
     parser.add_argument("--base", default="tinyworld")
@@ -180,7 +154,10 @@ def main() -> None:
     options = parser.parse_args()
     configure_logging()
     _quiet_lightning()
-    results = circumstances(options)
+    results = circumstances(Path(__file__).parent) | {
+        "base": options.base, "clock": options.clock, "steps per round": options.steps, "rounds": options.rounds,
+        "asked ratio": ASKED,
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         photos = Path(folder) / "photos"
         write_folder(sample_pictures(5, 0, kind="object"), photos)
