@@ -208,13 +208,15 @@ class PersonalizationData(pl.LightningDataModule):
             read.read_set(index, options, self._generator, self._identity)
         read.check(self.concepts, self.regularization, self.strict, self.max_skipped)
         self.samples, self.held_out = read.samples, read.held_out
-        if self._expected is not None:
-            self.load_state_dict(self._expected)
         if self.cache_latents is True and self._images is None:
             raise DataOptionError("data.cache_latents is true, but no image encoder is bound; call bind before setup")
         if self.cache_latents is not False and self.geometry.still and self._images is not None:
             if self.cache_dir is not None or not self._streams:
                 self.cache = self._filled(self._images)
+                read.samples = self.samples  # without those whose streamed pictures turned out to be damaged
+                read.check(self.concepts, self.regularization, self.strict, self.max_skipped)
+        if self._expected is not None:
+            self.load_state_dict(self._expected)
 
     def _filled(self, images: ImageEncoder) -> LatentCache:
         store = TensorStore(self.cache_dir / "latents") if self.cache_dir else None

@@ -122,13 +122,23 @@ def _plan(options: argparse.Namespace, encoder: str) -> Any:
     from lit_datamodules.retrieval.plan import Filters, Plan, Query
 
     texts = [Query(text, text=text) for text in options.query]
-    images = [Query(path.stem, image=str(path)) for path in options.image]
+    images = [Query(path.stem, image=str(path), sha256=_hash(path)) for path in options.image]
     filters = Filters(
         options.min_side, options.max_punsafe, options.max_watermark, options.min_aesthetic,
         tuple(options.licence), tuple(options.language),
     )  # fmt: skip
     keep = max(800, 4 * options.n) if options.keep is None else options.keep
     return Plan((*texts, *images), encoder, filters, keep, options.batch_size)
+
+
+def _hash(path: Path) -> str:
+    from lit_datamodules.shard_writer import sha256_of_file
+    from lit_personalize.errors import DataError
+
+    try:
+        return sha256_of_file(path)
+    except OSError as error:
+        raise DataError(f"cannot read picture {path}: {error.strerror}") from error
 
 
 def _show(report: dict[str, Any], output: Path) -> None:

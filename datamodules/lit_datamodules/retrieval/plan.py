@@ -46,11 +46,13 @@ class Query:
         name: Names the concept in the result; the sentence, unless another is given.
         text: Compared with captions; empty for a picture.
         image: Path of the picture, for the record.
+        sha256: Of the picture's file: another picture under the same path is another query.
     """
 
     name: str
     text: str = ""
     image: str = ""
+    sha256: str = ""
 
     def __post_init__(self) -> None:
         if bool(self.text) == bool(self.image):

@@ -152,6 +152,7 @@ def test_changed_weights_of_the_streams_are_warned_of(
 
     saved = data(1, None, None).state_dict()
     caplog.set_level("WARNING", "lit_datamodules")  # reports of what was read are of no interest here
+    caplog.clear()
     data(1, None, None).load_state_dict(saved)
     assert not caplog.text
     data(2, 0.5, 3).load_state_dict(saved)

@@ -42,7 +42,9 @@ def test_a_sample_is_dropped_with_its_reason(asked: dict[str, Any], meta: dict[s
 def test_a_plan_is_named_by_all_that_decides() -> None:
     plan = Plan((Query("cat", text="a cat"),), "clip")
     others = [
-        replace(plan, queries=(Query("cat", text="a dog"),)), replace(plan, encoder="another"),
+        replace(plan, queries=(Query("cat", text="a dog"),)),
+        replace(plan, queries=(Query("cat", image="cat.png", sha256="1"),)),
+        replace(plan, queries=(Query("cat", image="cat.png", sha256="2"),)), replace(plan, encoder="another"),
         replace(plan, filters=Filters(min_side=1)), replace(plan, keep=3), replace(plan, batch_size=3),
     ]  # fmt: skip
     assert plan.id == Plan((Query("cat", text="a cat"),), "clip").id
