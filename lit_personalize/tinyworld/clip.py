@@ -1,12 +1,16 @@
 """The embedded metric CLIP: a stock `CLIPModel` for 64x64 pictures (Radford et al., 2021, arXiv 2103.00020).
 
-It judges pictures and never helps to draw them: it sees held-out attributes, which the base does not.
-Trained with the symmetric contrastive loss; captions that equal each other within a batch count as
-matches of each other's pictures.
+The first of two judges pictures and never helps to draw them: it sees held-out attributes, which the base
+does not. The second ranks captions for retrieval; it goes on from the first with captions as the web writes them:
+
+    python -m lit_personalize.tinyworld.clip STATE OUT
 """
 
 from __future__ import annotations
 
+import argparse
+import functools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 from lit_personalize.tinyworld.captions import caption
 from lit_personalize.tinyworld.dataset import Pictures
+from lit_personalize.tinyworld.paraphrases import alt_text, facts
 from lit_personalize.tinyworld.reader import reader_pictures
 from lit_personalize.tinyworld.scene import Scene
 from lit_personalize.tinyworld.tokenizer import build_tokenizer
@@ -44,12 +49,16 @@ def image_processor() -> CLIPImageProcessor:
     )
 
 
-def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
-    """Symmetric cross-entropy (Radford et al., 2021, fig. 3) with equal captions sharing the target; `[B, d]` each."""
+def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, matches: Tensor) -> Tensor:
+    """Symmetric cross-entropy (Radford et al., 2021, fig. 3) whose targets are shared by all that match.
+
+    Args:
+        images, texts: `[B, d]` each.
+        matches: bool `[B, B]`: whether picture i (row) shows what caption j (column) says; true where i = j.
+    """
     logits = scale.exp().clamp(max=100) * F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T
-    same = (ids[:, None] == ids[None]).all(-1).float()
-    target = same / same.sum(1, keepdim=True)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    rows, columns = (m / m.sum(1, keepdim=True) for m in (matches.float(), matches.T.float()))
+    return (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, columns)) / 2
 
 
 def groups_alike(scenes: Sequence[Scene]) -> list[np.ndarray]:
@@ -72,6 +81,7 @@ def train_clip(
     seed: int = 0,
     pictures: Pictures | None = None,
     alike: float = 0.0,
+    alt_texts: bool = False,
     start: Path | None = None,
     log: Log = print,
 ) -> CLIPModel:
@@ -81,6 +91,8 @@ def train_clip(
         alike: Share of a batch that is one group of pictures alike in kind, background and colour, so that shapes,
             textures and parts must tell them apart. At random hardly any two of a batch are, and a CLIP that reads
             backgrounds and colours finds nearly every caption.
+        alt_texts: Captions of `paraphrases.alt_text`, each matching every picture of the batch of which it is true;
+            otherwise those of the grammar, matching where they are equal.
         start: Directory of a CLIP whose weights are trained on.
     """
     data = pictures or reader_pictures(state)
@@ -95,12 +107,18 @@ def train_clip(
         group = groups[int(rng.integers(len(groups)))]
         close = min(round(alike * batch), len(group))
         picks[:close] = rng.permutation(group)[:close]
-        words = [caption(data.scenes[int(i)], rng) for i in picks]
-        ids = tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        scenes = [data.scenes[int(i)] for i in picks]
+        if alt_texts:
+            words, said = zip(*(alt_text(scene, rng) for scene in scenes), strict=True)
+            matches = torch.tensor([[claims <= true for claims in said] for true in map(facts, scenes)])
+        else:
+            words = tuple(caption(scene, rng) for scene in scenes)
+            matches = torch.tensor([[mine == other for other in words] for mine in words])
+        ids = tokenizer(list(words), padding="max_length", truncation=True, return_tensors="pt").input_ids
         pixels = torch.from_numpy(np.array(data.pixels[picks])).permute(0, 3, 1, 2).float() / 127.5 - 1
         out_ = model(input_ids=ids, pixel_values=pixels)
-        value = contrastive_loss(out_.image_embeds, out_.text_embeds, model.logit_scale, ids)
-        right = (out_.logits_per_image.argmax(1) == torch.arange(batch)).float().mean()
+        value = contrastive_loss(out_.image_embeds, out_.text_embeds, model.logit_scale, matches)
+        right = matches[torch.arange(batch), out_.logits_per_image.argmax(1)].float().mean()
         return value, {"right": float(right)}
 
     run_stage(Stage("clip", {"clip": model}, loss, steps, learning_rate, seconds, ema=0.995), state, log)
@@ -108,3 +126,20 @@ def train_clip(
     build_tokenizer(out)  # with the files of older clients
     image_processor().save_pretrained(out)
     return model.float()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    from lit_personalize.tinyworld.build import committed_weights
+
+    parser = argparse.ArgumentParser(description="Train the CLIP that ranks captions for retrieval; resumable.")
+    parser.add_argument("state", type=Path, help="folder of the rendered pictures and of the unfinished training")
+    parser.add_argument("out", type=Path, help="folder of the finished CLIP")
+    parser.add_argument("--steps", type=int, default=2400)
+    options = parser.parse_args(arguments)
+    train_clip(options.state, options.out, steps=options.steps, learning_rate=7e-4, alike=0.5, alt_texts=True,
+               start=committed_weights() / "clip", log=functools.partial(print, flush=True))  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
