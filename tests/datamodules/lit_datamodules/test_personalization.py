@@ -196,11 +196,11 @@ def test_manifest_has_each_file_once(base: Any, folder: Write, shards: Write, tm
     assert [Path(p).name for p in files if fates[p]["fate"] == "skipped"] == ["00002.png"]
     used = fates[str(photos / "00000.png")]
     assert used["caption"] == " ".join((photos / "00000.txt").read_text().split())
-    assert (used["caption_source"], used["width"], used["crop"], used["resize"]) == (
+    assert (used["caption_source"], used["width"], used["crop"], used["sizes"]) == (
         "00000.txt",
         64,
         [0, 0, 64, 64],
-        32,
+        [[32, 32]],
     )
     assert re.fullmatch("[0-9a-f]{64}", used["sha256"])
     assert fates[str(photos / "00001.png")]["caption_source"] == "prompt"
