@@ -32,12 +32,12 @@ class Drawn(NamedTuple):
     """Why there are no pixels."""
 
 
-def draw(samples: Sequence[Sample], geometry: Geometry, with_pixels: bool, slot: Slot) -> Drawn:
-    """Make the view of one slot; a pure function, for worker processes."""
+def draw(samples: Sequence[Sample], geometry: Geometry, kept: tuple[int, ...], slot: Slot) -> Drawn:
+    """Make the view of one slot, without pixels for roles that are kept as posteriors; for worker processes."""
     sample = samples[slot.sample]
     shot = decide(sample, slot, geometry)
     try:
-        return Drawn(slot, shot, torch.from_numpy(pixels_of(sample, shot)) if with_pixels else None)
+        return Drawn(slot, shot, None if slot.role in kept else torch.from_numpy(pixels_of(sample, shot)))
     except DataError as error:
         return Drawn(slot, shot, None, str(error))
 
@@ -92,11 +92,12 @@ class Collator:
             drawn = [self.instead(one) if one.damage else one for one in drawn]
         batch = self._described([self.samples[one.slot.sample] for one in drawn], [one.shot for one in drawn])
         batch["position"] = torch.tensor([one.slot.position for one in drawn])
-        if self.cache is not None:
-            keys = [(one.slot.sample, one.shot.view.flip, one.slot.shape) for one in drawn]
+        kept = [one for one in drawn if self.cache is not None and one.slot.role in self.cache.roles]
+        if self.cache is not None and kept:  # instances come first, and theirs are kept only where all are
+            keys = [(one.slot.sample, one.shot.view.flip, one.slot.shape) for one in kept]
             batch["latent_mean"], batch["latent_std"] = self.cache.batch(keys)
-        else:
-            batch["pixels"] = torch.stack([one.pixels for one in drawn if one.pixels is not None])
+        if pixels := [one.pixels for one in drawn if one.pixels is not None]:
+            batch["pixels"] = torch.stack(pixels)
         return batch
 
     def still_batches(self, samples: Sequence[Sample], size: int) -> Iterator[dict[str, Any]]:

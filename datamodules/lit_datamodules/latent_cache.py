@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_datamodules.buckets import Shape
 from lit_datamodules.concept_folder import Sample
 from lit_datamodules.errors import DataError
-from lit_datamodules.order import INSTANCE
+from lit_datamodules.order import INSTANCE, PRIOR
 from lit_datamodules.protocols import ImageEncoder
 from lit_datamodules.stored_picture import StoredPicture
 from lit_datamodules.tensor_store import TensorStore, key_of
@@ -28,11 +28,11 @@ View = tuple[int, bool, Shape]
 
 
 class LatentCache:
-    """Posteriors by view; mirror images are kept only of samples that are mirrored.
+    """Posteriors by view, of the roles whose views do not move; mirror images only of samples that are mirrored.
 
     Args:
         samples: All of the training.
-        geometry: Of their views, which must be still.
+        geometry: Of their views.
         encoder: Encodes what is not there yet.
         store: Keeps posteriors on disk, under keys that hold the picture's bytes, all that decides its view, and the
             weights and precision of the VAE. Without it, everything is encoded into memory.
@@ -52,11 +52,14 @@ class LatentCache:
         self.store = store
         self.damaged: dict[int, str] = {}
         """Samples whose streamed picture cannot be read, with the reason."""
+        self.roles = tuple(role for role in (INSTANCE, PRIOR) if not geometry.moves(role))
+        """Of which samples every posterior is kept."""
         instances = [s for s in samples if s.role == INSTANCE]
         all_shapes = list(dict.fromkeys(shape for s in instances for shape in geometry.shapes(s)))
         views = [
             (i, flip, shape)
             for i, s in enumerate(samples)
+            if s.role in self.roles
             for flip in ((False, True) if s.flip else (False,))
             for shape in (geometry.shapes(s) if s.role == INSTANCE else all_shapes)
         ]

@@ -53,8 +53,9 @@ class PersonalizationData(pl.LightningDataModule):
             squares. Each step has one shape, to which regularization pictures are cut.
         flip: Share of mirrored instance views, true for half of them.
         mixing: Of several concepts: "interleaved" in turns, "joint" by their number of pictures.
-        cache_latents: Encode every picture once; "auto" does it where views do not change. Latents are kept in memory,
-            or, of streamed sets, in `cache_dir`, without which they are not kept.
+        cache_latents: Encode every picture once; "auto" does it for pictures whose views do not change, such as those
+            for regularization. Latents are kept in memory, or, of streamed sets, in `cache_dir`, without which
+            they are not kept.
         cache_dir: Folder in which latents and text states are kept for all runs; see `litp data cache`.
         num_workers: Processes that draw views; unused where latents are cached.
         worker_start: How they are started: "fork", "spawn" or "forkserver"; None takes Python's default.
@@ -195,11 +196,8 @@ class PersonalizationData(pl.LightningDataModule):
 
     @property
     def why_not_still(self) -> str:
-        """Why latents cannot be kept; "" if they can."""
-        if self.geometry.still:
-            return ""
-        what = "augmentation resizes" if self.augmentation != "none" else "random crops move"
-        return f"{what} the pictures at every step"
+        """Why latents of instances cannot be kept; "" if they can."""
+        return self.geometry.moves(INSTANCE)
 
     def prepare_data(self) -> None:
         """Draw generated regularization sets that are not there yet; one process does it for all."""
@@ -226,13 +224,17 @@ class PersonalizationData(pl.LightningDataModule):
         self.samples, self.held_out = read.samples, read.held_out
         if self.cache_latents is True and self._images is None:
             raise DataOptionError("data.cache_latents is true, but no image encoder is bound; call bind before setup")
-        if self.cache_latents is not False and self.geometry.still and self._images is not None:
+        if self.cache_latents is not False and self._images is not None and self._keeps_something:
             if self.cache_dir is not None or not self._streams:
                 self.cache = self._filled(self._images)
                 read.samples = self.samples  # without those whose streamed pictures turned out to be damaged
                 read.check(self.concepts, self.regularization, self.strict, self.max_skipped)
         if self._expected is not None:
             self.load_state_dict(self._expected)
+
+    @property
+    def _keeps_something(self) -> bool:
+        return not all(self.geometry.moves(sample.role) for sample in self.samples)
 
     def _filled(self, images: ImageEncoder) -> LatentCache:
         store = TensorStore(self.cache_dir / "latents") if self.cache_dir else None
@@ -292,7 +294,7 @@ class PersonalizationData(pl.LightningDataModule):
         self._check_ranks(world_size)
         self._world_size = world_size
         slots = functools.partial(_slots, self.order, rank, world_size)
-        workers = 0 if self.cache else self.num_workers
+        workers = 0 if self.cache and not self.why_not_still else self.num_workers
         self._loader = StepLoader(slots, self._draw_function(), self.collator, self.steps, workers, self.worker_start)
         if self._cursor is not None:
             self._loader.load_state_dict(self._cursor)
@@ -314,7 +316,7 @@ class PersonalizationData(pl.LightningDataModule):
 
     def _draw_function(self) -> functools.partial[Drawn]:
         # Workers get the pictures and the geometry, but not the base.
-        return functools.partial(draw, self.samples, self.geometry, self.cache is None)
+        return functools.partial(draw, self.samples, self.geometry, self.cache.roles if self.cache else ())
 
     def batch_of_step(self, step: int) -> dict[str, Any]:
         """The mapping of one step, by itself; see the trainer's `Batch` for its fields."""

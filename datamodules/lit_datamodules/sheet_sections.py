@@ -10,7 +10,7 @@ import numpy as np
 
 from lit_datamodules.concept_folder import Concept, Sample
 from lit_datamodules.errors import DataError
-from lit_datamodules.order import Order
+from lit_datamodules.order import INSTANCE, Order
 from lit_datamodules.sheet import Section, Tile
 from lit_datamodules.training_view import Geometry, Shot, decide, mask_of, pixels_of, still
 
@@ -69,7 +69,7 @@ def sections(
         explanation = f"{len(mine)} pictures of {concept.path}; pixels: {sizes}; crop: {geometry.crop}"
         yield picture_section(f"Concept {index}: {concept.title}", explanation, mine, geometry, most)
         mirrored = any(s.flip for s in mine)
-        if many or not geometry.still or mirrored or any(len(s.captions) > 1 for s in mine):
+        if many or geometry.moves(INSTANCE) or mirrored or any(len(s.captions) > 1 for s in mine):
             yield training_section(f"Concept {index} in training", index, samples, order, geometry, most)
     for index in sorted({s.concept for s in samples if s.role != 0}):
         mine = [s for s in samples if s.role != 0 and s.concept == index]

@@ -54,10 +54,11 @@ class Geometry:
         """Heights and widths of the views in which a sample is shown as an instance, smallest first."""
         return shapes_of(sample.original, (*self.resolutions, self.size), self.buckets)
 
-    @property
-    def still(self) -> bool:
-        """Whether a picture always gives the same view, but for mirroring."""
-        return self.augmentation == "none" and self.crop != "random"
+    def moves(self, role: int) -> str:
+        """Why the pictures of a role look different at every step (but for mirroring); "" if they do not."""
+        if self.augmentation != "none" and role == INSTANCE:
+            return "augmentation resizes the pictures at every step"
+        return "random crops move the pictures at every step" if self.crop == "random" else ""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lit_datamodules.errors import DataError, DataOptionError
 from lit_datamodules.order import INSTANCE, PRIOR, Bucket, Order
 from lit_datamodules.personalization import PersonalizationData
 from lit_datamodules.regularization import Regularization
+from lit_datamodules.turns import fractions, turn_at, turns_before, whole_weights
 from lit_personalize.batch import Batch
 
 Make = Callable[..., PersonalizationData]
@@ -154,9 +156,26 @@ def test_ranks_share_a_step_and_another_number_of_them_goes_on_without_loss() ->
     assert Counter((s.sample, s.role, s.shape) for s in seen) == Counter((s.sample, s.role, s.shape) for s in whole)
 
 
-def test_shares_decide_whose_turn_it_is() -> None:
-    from lit_datamodules.turns import fractions
+@pytest.mark.parametrize("shares", [(1, 1, 1), (2, 5), (9, 1), (0.1, 0.7, 0.2), (1, 0.001)])
+def test_turns_are_evenly_spread(shares: tuple[float, ...]) -> None:
+    """At every place a pool has had its share so far, but for less than one turn."""
+    weights = whole_weights(fractions(shares))
+    counts = [0] * len(shares)
+    for visit in range(3 * sum(weights)):
+        assert list(turns_before(weights, visit)) == counts
+        pool, turn = turn_at(weights, visit)
+        assert turn == counts[pool]
+        counts[pool] += 1
+        ideal = [(visit + 1) * share / sum(shares) for share in shares]
+        assert np.abs(np.array(counts) - ideal).max() < 1, (visit, counts)
 
+
+def test_shares_that_would_need_an_endless_period_are_rounded() -> None:
+    weights = whole_weights([Fraction(1, 7), Fraction(1, 1013), Fraction(1, 1019), Fraction(1, 1_000_000_007)])
+    assert 9_000 < sum(weights) < 10_100 and min(weights) == 1
+
+
+def test_shares_decide_whose_turn_it_is() -> None:
     pools, shares = ((0, 1, 2), (3,)), fractions([2, 1])
     order = Order(0, (Bucket((32, 32), pools),), ((10,), (11,)), 3, 3, shares=shares, prior_shares=shares)
     for step in range(5):
