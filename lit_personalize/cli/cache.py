@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
     from lit_personalize.errors import UsageError
     from lit_personalize.fitting import bind_data, name_initial_words
 
-    parser, config = parse([part for given in options.config for part in ("-c", given)])
+    parser, config = parse([part for given in options.config for part in ("-c", given)] + ["--name", "cache"])
     built = instantiate(parser, config)
     data: Any = built.data
     data.cache_dir = options.dir or data.cache_dir

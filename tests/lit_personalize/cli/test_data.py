@@ -15,7 +15,6 @@ from lit_personalize.cli.main import main
 from lit_personalize.errors import DataError
 
 RUN = """\
-name: run
 model: {class_path: Denoising, init_args: {base: BASE, adapters: [{class_path: LoRA}]}}
 data:
   class_path: PersonalizationData
