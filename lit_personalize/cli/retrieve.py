@@ -54,11 +54,11 @@ def _add_encoder(parser: argparse.ArgumentParser) -> None:
 def _encoder(options: argparse.Namespace) -> Any:
     from lit_personalize.devices import device_of
     from lit_personalize.metrics.caption_encoder import CaptionEncoder, PooledEncoder
-    from lit_personalize.metrics.features import clip_directory
+    from lit_personalize.tinyworld.build import committed_weights
 
     if options.text_encoder:
         return PooledEncoder(options.text_encoder, device_of(options.device))
-    folder = clip_directory(None, "tinyworld") if options.clip == "tinyworld" else Path(options.clip)
+    folder = committed_weights() / "retrieval_clip" if options.clip == "tinyworld" else Path(options.clip)
     return CaptionEncoder(folder, device_of(options.device))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
+from lit_personalize.tinyworld.aspects import AspectHeads
 from lit_personalize.tinyworld.captions import caption
 from lit_personalize.tinyworld.dataset import Pictures
 from lit_personalize.tinyworld.paraphrases import alt_text, facts
@@ -30,6 +32,8 @@ from lit_personalize.tinyworld.tokenizer import build_tokenizer
 from lit_personalize.tinyworld.training import Log, Stage, run_stage
 
 WIDTH, PROJECTION, PATCH, SIDE = 128, 128, 8, 64
+CONTRAST = 0.2  # beside the supervision of aspects; at full weight its gradient drowns theirs
+FIRST_SCALE = math.log(1 / 0.07)  # of the logits, as in CLIP
 
 
 def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -91,20 +95,25 @@ def train_clip(
         alike: Share of a batch that is one group of pictures alike in kind, background and colour, so that shapes,
             textures and parts must tell them apart. At random hardly any two of a batch are, and a CLIP that reads
             backgrounds and colours finds nearly every caption.
-        alt_texts: Captions of `paraphrases.alt_text`, each matching every picture of the batch of which it is true;
-            otherwise those of the grammar, matching where they are equal.
+        alt_texts: Captions of `paraphrases.alt_text`, each matching every picture of the batch of which it is true,
+            and heads that read what they say (`aspects`); otherwise captions of the grammar, matching where equal.
         start: Directory of a CLIP whose weights are trained on.
     """
     data = pictures or reader_pictures(state)
     tokenizer = build_tokenizer(state / "clip_tokenizer")
     torch.manual_seed(seed)
     model = CLIPModel.from_pretrained(start, dtype=torch.float32) if start else new_clip(tokenizer)
+    if alt_texts:
+        model.logit_scale.data.fill_(FIRST_SCALE)
     groups = groups_alike(data.scenes)
+    sizes = np.array([len(group) for group in groups])
+    shares = sizes / sizes.sum()
+    heads = AspectHeads(model.config.projection_dim)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng([seed, 4, step])
         picks = rng.integers(len(data), size=batch)
-        group = groups[int(rng.integers(len(groups)))]
+        group = groups[int(rng.choice(len(groups), p=shares))]
         close = min(round(alike * batch), len(group))
         picks[:close] = rng.permutation(group)[:close]
         scenes = [data.scenes[int(i)] for i in picks]
@@ -114,14 +123,20 @@ def train_clip(
         else:
             words = tuple(caption(scene, rng) for scene in scenes)
             matches = torch.tensor([[mine == other for other in words] for mine in words])
-        ids = tokenizer(list(words), padding="max_length", truncation=True, return_tensors="pt").input_ids
+        ids = tokenizer(list(words), padding="longest", truncation=True, return_tensors="pt").input_ids
         pixels = torch.from_numpy(np.array(data.pixels[picks])).permute(0, 3, 1, 2).float() / 127.5 - 1
         out_ = model(input_ids=ids, pixel_values=pixels)
         value = contrastive_loss(out_.image_embeds, out_.text_embeds, model.logit_scale, matches)
         right = matches[torch.arange(batch), out_.logits_per_image.argmax(1)].float().mean()
-        return value, {"right": float(right)}
+        if not alt_texts:
+            return value, {"right": float(right)}
+        seen, of_pictures = heads.loss(out_.image_embeds, [facts(scene) for scene in scenes], whole=True)
+        read, of_captions = heads.loss(out_.text_embeds, said, whole=False)
+        shapes = {"shapes seen": of_pictures.get("shape", 0.0), "shapes read": of_captions.get("shape", 0.0)}
+        return CONTRAST * value + seen + read, {"right": float(right), **shapes}
 
-    run_stage(Stage("clip", {"clip": model}, loss, steps, learning_rate, seconds, ema=0.995), state, log)
+    modules: dict[str, nn.Module] = {"clip": model, "heads": heads} if alt_texts else {"clip": model}
+    run_stage(Stage("clip", modules, loss, steps, learning_rate, seconds, ema=0.995), state, log)
     model.eval().half().save_pretrained(out)
     build_tokenizer(out)  # with the files of older clients
     image_processor().save_pretrained(out)
@@ -129,14 +144,15 @@ def train_clip(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from lit_personalize.tinyworld.build import committed_weights
+    from lit_personalize.tinyworld.build import committed_weights, seconds_of
 
     parser = argparse.ArgumentParser(description="Train the CLIP that ranks captions for retrieval; resumable.")
     parser.add_argument("state", type=Path, help="folder of the rendered pictures and of the unfinished training")
     parser.add_argument("out", type=Path, help="folder of the finished CLIP")
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--budget", default="25m", help="wall-clock time such as 25m")
     options = parser.parse_args(arguments)
-    train_clip(options.state, options.out, steps=options.steps, learning_rate=7e-4, alike=0.5, alt_texts=True,
+    seconds = seconds_of(options.budget)
+    train_clip(options.state, options.out, seconds=seconds, learning_rate=1e-3, alike=0.5, alt_texts=True,
                start=committed_weights() / "clip", log=functools.partial(print, flush=True))  # fmt: skip
     return 0
 
