@@ -94,7 +94,12 @@ def about(url: str) -> Mapping[str, Any]:
     system, path = open_url(url)
     # A listing or an answer from before may be out of date.
     system.invalidate_cache()
-    found = system.info(path)
+    try:
+        found: Mapping[str, Any] = system.info(path)
+    except FileNotFoundError as error:
+        if url.startswith(("http://", "https://")) and isinstance(error.__cause__, Exception):
+            raise error.__cause__ from None  # whatever goes wrong is "not found" there, also a server that is down
+        raise
     if found.get("type") == "directory":
         raise IsADirectoryError(errno.EISDIR, "is a folder", url)
     return found
@@ -134,8 +139,7 @@ def attempted(work: Callable[[], Result], url: str, stop: threading.Event | None
 
 def is_final(error: Exception) -> bool:
     """Whether another attempt would end the same way."""
-    # fsspec calls whatever a web server answers to a question for the size "not found".
-    status = getattr(error, "status", None) or getattr(error.__cause__, "status", None)
+    status = getattr(error, "status", None)
     if isinstance(status, int):
         return 400 <= status < 500 and status not in TRY_LATER
     return isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError))
@@ -143,13 +147,12 @@ def is_final(error: Exception) -> bool:
 
 def reason(error: Exception) -> str:
     """An error in few words."""
-    for one in (error, error.__cause__):
-        if isinstance(status := getattr(one, "status", None), int):
-            return f"the server answers {status} {getattr(one, 'message', '')}".rstrip()
+    if isinstance(status := getattr(error, "status", None), int):
+        return f"the server answers {status} {getattr(error, 'message', '')}".rstrip()
     if isinstance(error, FileNotFoundError):
         return "not found"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+    if isinstance(error, IsADirectoryError):
+        return "is a folder"
     return f"{error}" if isinstance(error, DataError) else f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
@@ -185,6 +188,10 @@ def download(url: str, target: Path, sha256: str = "", stop: threading.Event | N
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, target)
+        except OSError as error:
+            if error.errno in LOCAL_TROUBLE:
+                error.filename = str(target)  # a full disk is noticed while writing, where no name is known
+            raise
         finally:
             temporary.unlink(missing_ok=True)
         return version_in(url, info)

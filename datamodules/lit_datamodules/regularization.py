@@ -61,7 +61,7 @@ class Regularization:
             raise DataOptionError("regularization.fetch_to is where shards are fetched to; this set has none")
         if self.shards and not self.fetch_to and is_remote(self.shards):
             raise DataOptionError(
-                f"{self.shards} lies elsewhere and is fetched only when asked: name a folder for it by {FETCH_TO}"
+                f"{self.shards} lies elsewhere and is fetched only when asked: name a folder for that by {FETCH_TO}"
             )
         if self.per_batch is not None and self.per_batch < 1:
             raise DataOptionError(f"regularization.per_batch must be at least 1, not {self.per_batch}")

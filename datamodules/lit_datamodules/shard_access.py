@@ -99,11 +99,11 @@ def kept_copy(shard: RemoteShard, version: str) -> Path | None:
     return shard.path if note.is_file() and shard.path.is_file() and note.read_text() == version else None
 
 
-def fetch_all(shards: Sequence[Shard]) -> dict[RemoteShard, str]:
+def fetch_all(shards: Sequence[Shard]) -> dict[str, str]:
     """Fetch and keep every remote shard that is not here yet; what is here is used as it is, and nothing is asked.
 
     Returns:
-        Why each shard that could not be fetched was not.
+        By URL, why a shard could not be fetched.
 
     Raises:
         DataError: There is not enough room.
@@ -113,7 +113,7 @@ def fetch_all(shards: Sequence[Shard]) -> dict[RemoteShard, str]:
         return {}
     folder = missing[0].folder
     folder.mkdir(parents=True, exist_ok=True)
-    failed: dict[RemoteShard, str] = {}
+    failed: dict[str, str] = {}
     with _workers(AT_ONCE // 2) as (pool, stop):
         fetcher = Fetcher(stop)
         total = _total(missing, pool)
@@ -125,8 +125,19 @@ def fetch_all(shards: Sequence[Shard]) -> dict[RemoteShard, str]:
             try:
                 work.result()
             except FetchError as error:
-                failed[shard] = str(error)
+                failed[shard.url] = str(error)
     return failed
+
+
+def on_any_rank(failed: dict[str, str]) -> dict[str, str]:
+    """What failed on one rank of a training counts as failed on all: they must agree on what there is to show."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return failed
+    found: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(found, failed)
+    return {url: why for one in found for url, why in one.items()}
 
 
 def _total(shards: Sequence[RemoteShard], pool: ThreadPoolExecutor) -> int | None:
@@ -205,6 +216,8 @@ class MemberReader:
         self.versions = versions
         self._stack = ExitStack()
         self._whole: dict[RemoteShard, Path] = {}
+        self._no_parts: set[str] = set()
+        """Remote folders whose server gives no parts of files."""
         self._own: Path | None = None
         self._fetcher = Fetcher()
 
@@ -224,9 +237,12 @@ class MemberReader:
             return read_member(shard, member)
         path = self._whole.get(shard) or kept_copy(shard, self.versions[shard])
         if path is None:
-            data = None if shard.url.startswith(PIPE) else attempted(lambda: _range(shard.url, member), shard.url)
-            if data is not None:
-                return data
+            folder = shard.url.rpartition("/")[0]
+            if not shard.url.startswith(PIPE) and folder not in self._no_parts:
+                data = attempted(lambda: _range(shard.url, member), shard.url)
+                if data is not None:
+                    return data
+                self._no_parts.add(folder)
             self._own = self._own or _own_folder(shard, self._stack)
             path = self._whole[shard] = self._fetcher.fetch(shard, self._own)
         return read_member(path, member)

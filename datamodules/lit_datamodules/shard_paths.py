@@ -86,7 +86,7 @@ def shard_paths(pattern: str, fetch_to: Path | None = None, option: str = "fetch
 def _remote(url: str, fetch_to: Path | None, option: str) -> RemoteShard:
     check_scheme(url)
     if fetch_to is None:
-        raise DataOptionError(f"{url} lies elsewhere and is fetched only when asked: name a folder for it by {option}")
+        raise DataOptionError(f"{url} lies elsewhere and is fetched only when asked: name a folder for that by {option}")
     if not url.startswith(PIPE) and ("*" in url or not url.rpartition("/")[2]):
         raise DataOptionError(f"{url} names no file; write URLs with a range, such as {{00000..00331}}.tar")
     return RemoteShard(url, fetch_to)

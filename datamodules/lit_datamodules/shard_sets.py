@@ -12,7 +12,7 @@ from lit_datamodules.errors import DataError
 from lit_datamodules.image_files import decode_image, size_of
 from lit_datamodules.manifest import Record, sha256_of
 from lit_datamodules.order import PRIOR
-from lit_datamodules.shard_access import fetch_all
+from lit_datamodules.shard_access import fetch_all, on_any_rank
 from lit_datamodules.shard_paths import RemoteShard, Shard, shard_paths
 from lit_datamodules.shard_writer import difference, stated
 from lit_datamodules.stored_picture import StoredPicture
@@ -35,10 +35,11 @@ def read_shards(
     """
     contents = FolderContents()
     shards = shard_paths(pattern, fetch_to, FETCH_TO)
-    unfetched = fetch_all(shards)
+    elsewhere = any(isinstance(shard, RemoteShard) for shard in shards)
+    unfetched = on_any_rank(fetch_all(shards)) if elsewhere else {}
     for shard in shards:
-        if isinstance(shard, RemoteShard) and shard in unfetched:
-            contents.records.append(Record(str(shard), "skipped", unfetched[shard], ROLE))
+        if str(shard) in unfetched:
+            contents.records.append(Record(str(shard), "skipped", unfetched[str(shard)], ROLE))
         else:
             _read_shard(contents, index, shard, longest, stream)
     if not contents.samples and not any(record.fate == "skipped" for record in contents.records):

@@ -55,6 +55,15 @@ def _add_encoder(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
+def _shards(options: argparse.Namespace) -> Any:
+    from lit_datamodules.retrieval.retrieve import find_shards
+    from lit_personalize.errors import UsageError
+
+    if options.keep_fetched and not options.fetch_to:
+        raise UsageError("--keep-fetched keeps what is fetched to a folder: name it by --fetch-to")
+    return find_shards(options.shards, options.fetch_to)
+
+
 def _encoder(options: argparse.Namespace) -> Any:
     from lit_personalize.devices import device_of
     from lit_personalize.metrics.caption_encoder import CaptionEncoder
@@ -74,10 +83,10 @@ def index(arguments: list[str]) -> int:
     parser.add_argument("--task", type=task_of, help="I/N: embed the I-th of N shares of the shards, and do not build")
     options = parser.parse_args(arguments)
     configure_logging()
-    from lit_datamodules.retrieval import retrieve, vector_index
+    from lit_datamodules.retrieval import vector_index
 
     vector_index.faiss_module()  # whose absence is better said now
-    shards, task = retrieve.find_shards(options.shards, options.fetch_to), options.task or (0, 1)
+    shards, task = _shards(options), options.task or (0, 1)
     done = vector_index.embed_shards(
         shards, _encoder(options), options.output, options.batch_size, task, options.keep_fetched
     )
@@ -105,8 +114,7 @@ def main(arguments: list[str]) -> int:
     if sum(map(bool, (options.task, options.merge, options.index))) > 1:
         raise UsageError("--task scans, --merge merges and --index searches; give one of them")
     selection = Selection(options.n, options.min_similarity, options.percentile, options.near_duplicates)
-    shards = retrieve.find_shards(options.shards, options.fetch_to)
-    encoder, out = _encoder(options), options.output
+    shards, encoder, out = _shards(options), _encoder(options), options.output
     plan = _plan(options, encoder.fingerprint)
     if options.merge:
         report = retrieve.merge_parts(shards, plan, selection, out)

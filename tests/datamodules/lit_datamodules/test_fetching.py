@@ -69,6 +69,13 @@ def test_what_is_not_there_is_asked_for_once(web: Any, tmp_path: Path) -> None:
         download(f"file://{tmp_path}", tmp_path / "here/a.tar")
 
 
+def test_a_server_that_is_down_may_come_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """fsspec calls that "not found", too."""
+    with pytest.raises(FetchError, match=r"ClientConnectorError: .*Connect.* \(5 attempts\)") as stop:
+        download("http://127.0.0.1:1/a.tar", tmp_path / "here/a.tar")
+    assert not stop.value.final
+
+
 def test_waits_grow_to_a_limit(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     waits: list[float] = []
     stop = threading.Event()

@@ -95,6 +95,7 @@ def test_servers_that_give_no_parts_are_asked_once_more(run: Run, laion: Path, w
     run(elsewhere(laion, web, "http"), "away")
     assert same(tmp_path / "local", tmp_path / "away")
     assert all(web.got(f"0000{i}.tar") <= 2 for i in range(4)) and not list((tmp_path / "fetched").iterdir())
+    assert sum(bool(span) for _, _, span in web.asked) == 1, "once is enough to know"
 
 
 def test_pipes_are_known_by_their_commands(run: Run, laion: Path, web: Any, tmp_path: Path) -> None:
@@ -229,7 +230,7 @@ def test_names_are_what_is_not_common_to_all(laion: Path, tmp_path: Path) -> Non
         (
             "https://host/0.tar",
             False,
-            "lies elsewhere and is fetched only when asked: name a folder for it by --fetch-to",
+            "lies elsewhere and is fetched only when asked: name a folder for that by --fetch-to",
         ),
         ("nope://host/0.tar", True, "fsspec knows no nope://"),
         ("memory://host/*.tar", True, "names no file; write URLs with a range"),
