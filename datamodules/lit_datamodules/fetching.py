@@ -85,7 +85,8 @@ def open_url(url: str) -> tuple[Any, str]:
         from aiohttp import ClientTimeout  # its own limit of five minutes in all is too short for a shard
 
         patient = {"timeout": ClientTimeout(total=None, sock_connect=CONNECT, sock_read=SILENCE), "trust_env": True}
-        options["client_kwargs"] = patient | fsspec.config.conf.get(scheme, {}).get("client_kwargs", {})
+        asked = fsspec.config.conf.get("http", {}) | fsspec.config.conf.get("https", {})
+        options["client_kwargs"] = patient | asked.get("client_kwargs", {})
     return fsspec.url_to_fs(url, **options)
 
 

@@ -16,7 +16,7 @@ from lit_datamodules.manifest import Record
 from lit_datamodules.order import PRIOR
 from lit_datamodules.protocols import Generator
 from lit_datamodules.shard_access import fetch_all
-from lit_datamodules.shard_paths import shard_paths
+from lit_datamodules.shard_paths import shard_paths, unasked
 from lit_datamodules.shard_sets import FETCH_TO, ROLE, read_shards
 
 
@@ -60,9 +60,7 @@ class Regularization:
         if self.fetch_to and not self.shards:
             raise DataOptionError("regularization.fetch_to is where shards are fetched to; this set has none")
         if self.shards and not self.fetch_to and is_remote(self.shards):
-            raise DataOptionError(
-                f"{self.shards} lies elsewhere and is fetched only when asked: name a folder for that by {FETCH_TO}"
-            )
+            raise unasked(self.shards, FETCH_TO)
         if self.per_batch is not None and self.per_batch < 1:
             raise DataOptionError(f"regularization.per_batch must be at least 1, not {self.per_batch}")
 

@@ -95,8 +95,11 @@ def _note(path: Path) -> Path:
 
 def kept_copy(shard: RemoteShard, version: str) -> Path | None:
     """A copy of this version that was kept, if there is one."""
-    note = _note(shard.path)
-    return shard.path if note.is_file() and shard.path.is_file() and note.read_text() == version else None
+    try:
+        noted = _note(shard.path).read_text()
+    except FileNotFoundError:  # never fetched, or another process is fetching it again
+        return None
+    return shard.path if noted == version and shard.path.is_file() else None
 
 
 def fetch_all(shards: Sequence[Shard]) -> dict[str, str]:
@@ -118,7 +121,9 @@ def fetch_all(shards: Sequence[Shard]) -> dict[str, str]:
         fetcher = Fetcher(stop)
         total = _total(missing, pool)
         size = "of unknown size" if total is None else in_words(total)
-        log.info("fetching %d shards (%s) into %s, where they are kept", len(missing), size, folder)
+        log.info(
+            "fetching shards that are not here yet: %d (%s) into %s, where they are kept", len(missing), size, folder
+        )
         if total is not None and total > (free := shutil.disk_usage(folder).free):
             raise DataError(f"{folder} has room for {in_words(free)}, the shards have {in_words(total)}; name another")
         for shard, work in [(shard, pool.submit(fetcher.fetch, shard, folder)) for shard in missing]:

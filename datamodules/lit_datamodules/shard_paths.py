@@ -86,10 +86,15 @@ def shard_paths(pattern: str, fetch_to: Path | None = None, option: str = "fetch
 def _remote(url: str, fetch_to: Path | None, option: str) -> RemoteShard:
     check_scheme(url)
     if fetch_to is None:
-        raise DataOptionError(f"{url} lies elsewhere and is fetched only when asked: name a folder for that by {option}")
+        raise unasked(url, option)
     if not url.startswith(PIPE) and ("*" in url or not url.rpartition("/")[2]):
         raise DataOptionError(f"{url} names no file; write URLs with a range, such as {{00000..00331}}.tar")
     return RemoteShard(url, fetch_to)
+
+
+def unasked(url: str, option: str) -> DataOptionError:
+    """That something lies elsewhere, and no folder was named for it."""
+    return DataOptionError(f"{url} lies elsewhere and is fetched only when asked: name a folder for that by {option}")
 
 
 def _hash(text: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from lit_datamodules import fetching
 from lit_datamodules.errors import DataOptionError, FetchError
@@ -57,6 +58,27 @@ def test_giving_up_tells_url_attempts_and_the_last_error(web: Any, tmp_path: Pat
             download(f"{web.url}/a.tar", tmp_path / "here/a.tar")
         assert web.got("a.tar") == 5 and not stop.value.final
         assert left(tmp_path / "here") == []
+
+
+class Lossy(MemoryFileSystem):
+    """Gives half of a file, and says nothing of it."""
+
+    protocol = "lossy"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.removeprefix("lossy://"))
+
+    def get_file(self, rpath: str, lpath: str, **options: Any) -> None:
+        Path(lpath).write_bytes(self.cat_file(rpath)[:500])
+
+
+def test_a_file_of_another_length_than_stated_does_not_count(tmp_path: Path) -> None:
+    fsspec.register_implementation("lossy", Lossy, clobber=True)
+    fsspec.filesystem("lossy").pipe("/a.tar", bytes(1000))
+    with pytest.raises(FetchError, match=r"lossy://a\.tar: 500 of 1000 bytes came \(5 attempts\)"):
+        download("lossy://a.tar", tmp_path / "here/a.tar")
+    assert left(tmp_path / "here") == []
 
 
 def test_what_is_not_there_is_asked_for_once(web: Any, tmp_path: Path) -> None:

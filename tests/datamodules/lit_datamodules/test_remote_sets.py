@@ -82,7 +82,7 @@ def test_what_was_fetched_is_kept_and_told(
     caplog.set_level(logging.INFO)
     data = make(sources(web, tmp_path)["http"])
     size = sum(path.stat().st_size for path in (tmp_path / "shards").glob("*.tar"))
-    assert f"fetching 3 shards ({size / 1000:.3g} kB) into {tmp_path}/fetched, where they are kept" in caplog.text
+    assert f"not here yet: 3 ({size / 1000:.3g} kB) into {tmp_path}/fetched, where they are kept" in caplog.text
     state = data.state_dict()
     web.asked.clear()
     again = make(sources(web, tmp_path)["http"])
