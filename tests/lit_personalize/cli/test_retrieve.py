@@ -131,15 +131,17 @@ def test_a_set_that_the_base_draws(
         (["--query", "a", "--index", "none"], 3, "none holds no finished index"),
         (["--image", "none.png"], 3, "cannot read picture none.png"),
         (["--query", "a", "--clip", "nowhere"], 3, "nowhere has no config.json"),
-        (["--query", "a", "--shards", "https://host/0.tar"], 2, "fetched only when asked: name a folder for that by --fe"),
+        (["--query", "a", "--shards", "https://host/0.tar"], 2, "name a folder for that by --fetch-to"),
         (["--query", "a", "--keep-fetched"], 2, "name it by --fetch-to"),
-        (["--query", "a", "--shards", "file:///none/0.tar", "--fetch-to", "f"], 3, "/none/0.tar: not found (1 attempt)"),
+        (["--query", "a", "--shards", "file:///none/0.tar", "--fetch-to", "f"], 3, "0.tar: not found (1 attempt)"),
         (["--query", "a", "--shards", "none/{0..2}.tar"], 3, "shards are missing: none/0.tar"),
     ],
 )
 def test_wrong_input_is_one_sentence(
-    more: list[str], code: int, said: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    more: list[str], code: int, said: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
     assert main([*command, "-o", str(tmp_path / "out"), *more]) == code
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("litp data: ") and said in last
