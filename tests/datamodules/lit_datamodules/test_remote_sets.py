@@ -162,7 +162,8 @@ def test_ranks_agree_on_what_could_not_be_fetched(
     web.trouble["00001.tar"] = ["503"] * 5
     context = multiprocessing.get_context("spawn")
     found = context.Queue()
-    processes = [context.Process(target=_rank, args=(rank, pattern, str(tmp_path), found)) for rank in (0, 1)]
+    asked = [(rank, pattern, str(tmp_path), found) for rank in (0, 1)]
+    processes = [context.Process(target=_rank, args=arguments, daemon=True) for arguments in asked]
     for process in processes:
         process.start()
     (_, names, skipped), (_, others, same) = sorted(found.get(timeout=120) for _ in processes)
