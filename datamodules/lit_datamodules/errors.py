@@ -13,3 +13,15 @@ class DataOptionError(Exception):
     """A wrong option of a data module, or options that cannot work together."""
 
     exit_code = 2
+
+
+class FetchError(DataError):
+    """A remote file could not be brought here; the message names its URL, the attempts and the last error.
+
+    Args:
+        final: Another attempt would end the same way, as for a file that is not there.
+    """
+
+    def __init__(self, message: str, final: bool = False):
+        super().__init__(message)
+        self.final = final

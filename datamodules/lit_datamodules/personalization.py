@@ -200,8 +200,9 @@ class PersonalizationData(pl.LightningDataModule):
         return self.geometry.moves(INSTANCE)
 
     def prepare_data(self) -> None:
-        """Draw generated regularization sets that are not there yet; one process does it for all."""
+        """Draw or fetch regularization sets that are not there yet; one process of a machine does it for all."""
         for options in self.regularization:
+            options.fetch()
             if options.generate:
                 draw_set(options.generated(self._identity), Path(options.cache), self._generator)
 

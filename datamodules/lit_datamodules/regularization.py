@@ -9,12 +9,15 @@ from lit_datamodules import manifest
 from lit_datamodules.captions import read_caption
 from lit_datamodules.concept_folder import FolderContents, record_of, sample_of
 from lit_datamodules.errors import DataError, DataOptionError
+from lit_datamodules.fetching import is_remote
 from lit_datamodules.generated_sets import GeneratedSet, draw_set
 from lit_datamodules.image_files import list_images, read_image
 from lit_datamodules.manifest import Record
 from lit_datamodules.order import PRIOR
 from lit_datamodules.protocols import Generator
-from lit_datamodules.shard_sets import ROLE, read_shards
+from lit_datamodules.shard_access import fetch_all
+from lit_datamodules.shard_paths import shard_paths, unasked
+from lit_datamodules.shard_sets import FETCH_TO, ROLE, read_shards
 
 
 @dataclass
@@ -23,7 +26,8 @@ class Regularization:
 
     Args:
         shards: WebDataset tar files with `jpg|png|webp`, `txt` and optionally `json` per sample, such as
-            `shards/{00000..00003}.tar`.
+            `shards/{00000..00003}.tar`. They may lie elsewhere: a URL whose scheme fsspec knows, such as
+            `s3://bucket/{00000..00003}.tar`, or `pipe:COMMAND`.
         folder: Pictures with sidecar `.txt` captions, or listed line by line in `images.txt` and `caption.txt`.
         generate: Number of pictures that the untouched base draws from `prompt`.
         prompt: Caption of generated pictures, and of those in a folder that have none.
@@ -32,6 +36,8 @@ class Regularization:
             takes that of the concept in the same place where there are as many, else 1.
         stream: Leave the pictures of shards where they are and read each when a step shows it: for sets that are
             larger than memory. Their headers are read at the start; damage further in is found when they are shown.
+        fetch_to: Folder into which shards that lie elsewhere are fetched before training, and in which they are kept;
+            without it nothing is fetched.
         cache: Folder in which generated sets are kept, for all runs.
         seed: First seed of generated pictures.
     """
@@ -43,6 +49,7 @@ class Regularization:
     per_batch: int | None = None
     share: float | None = None
     stream: bool = False
+    fetch_to: str | None = None
     cache: str = "regularization"
     seed: int = 0
 
@@ -55,8 +62,22 @@ class Regularization:
             raise DataOptionError("regularization.stream reads pictures from shards; a folder is read at the start")
         if self.share is not None and self.share <= 0:
             raise DataOptionError(f"regularization.share must be above 0, not {self.share}")
+        if self.fetch_to and not self.shards:
+            raise DataOptionError("regularization.fetch_to is where shards are fetched to; this set has none")
+        if self.shards and not self.fetch_to and is_remote(self.shards):
+            raise unasked(self.shards, FETCH_TO)
         if self.per_batch is not None and self.per_batch < 1:
             raise DataOptionError(f"regularization.per_batch must be at least 1, not {self.per_batch}")
+
+    @property
+    def fetched(self) -> Path | None:
+        """Where fetched shards are kept."""
+        return Path(self.fetch_to) if self.fetch_to else None
+
+    def fetch(self) -> None:
+        """Fetch shards that lie elsewhere and are not kept yet; what fails is told when the set is read."""
+        if self.shards and self.fetched:
+            fetch_all(shard_paths(self.shards, self.fetched, FETCH_TO))
 
     def generated(self, identity: str) -> GeneratedSet:
         """What `generate` asks of a base of this identity."""
@@ -79,7 +100,7 @@ def read_set(
         DataOptionError: A set is to be generated and no base is bound.
     """
     if options.shards:
-        return read_shards(index, options.shards, longest, options.stream)
+        return read_shards(index, options.shards, longest, options.stream, options.fetched)
     folder = Path(options.folder or draw_set(options.generated(identity), Path(options.cache), generator))
     return read_folder(index, folder, options.prompt, longest)
 

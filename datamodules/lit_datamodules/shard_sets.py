@@ -12,41 +12,61 @@ from lit_datamodules.errors import DataError
 from lit_datamodules.image_files import decode_image, size_of
 from lit_datamodules.manifest import Record, sha256_of
 from lit_datamodules.order import PRIOR
-from lit_datamodules.shard_paths import shard_paths
+from lit_datamodules.shard_access import fetch_all, on_any_rank
+from lit_datamodules.shard_paths import RemoteShard, Shard, shard_paths
 from lit_datamodules.shard_writer import difference, stated
 from lit_datamodules.stored_picture import StoredPicture
 from lit_datamodules.tar_index import CAPTION_KEYS, IMAGE_KEYS, Entry, Member, index_tar
 
 ROLE = "regularization"
+FETCH_TO = "regularization.fetch_to"
 MOST_FAULTS = 3
 """Of a shard that are told in full."""
 HEAD = 1 << 15
 """Bytes in which the size of most pictures stands."""
 
 
-def read_shards(index: int, pattern: str, longest: int, stream: bool = False) -> FolderContents:
-    """Every sample of WebDataset shards, in their order; behind damage reading goes on."""
+def read_shards(
+    index: int, pattern: str, longest: int, stream: bool = False, fetch_to: Path | None = None
+) -> FolderContents:
+    """Every sample of WebDataset shards, in their order; behind damage reading goes on.
+
+    Shards that lie elsewhere are fetched to `fetch_to`, and known by their URLs all the same.
+    """
     contents = FolderContents()
-    for path in shard_paths(pattern):
-        try:
-            shard = index_tar(path)
-            known = ((stated(path) or {}).get("sha256") or shard.identity) if stream else ""
-            with path.open("rb") as file:
-                for entry in shard.entries:
-                    _add_sample(contents, index, entry, path, file.fileno(), longest, known)
-            wrong = [f"shard {path} {fault.reason}{fault.key and f' ({fault.key})'}" for fault in shard.faults]
-            wrong = [*wrong, *_differences(path, len(shard.entries), not stream)]
-        except OSError as error:
-            wrong = [f"cannot read shard {path}: {error.strerror}"]
-        if wrong:
-            more = f"; and {len(wrong) - MOST_FAULTS} more faults" if len(wrong) > MOST_FAULTS else ""
-            told = f"{'; '.join(wrong[:MOST_FAULTS])}{more}; fetch or pack it again"
-            contents.records.append(Record(str(path), "skipped", told, ROLE))
+    shards = shard_paths(pattern, fetch_to, FETCH_TO)
+    elsewhere = any(isinstance(shard, RemoteShard) for shard in shards)
+    unfetched = on_any_rank(fetch_all(shards)) if elsewhere else {}
+    for shard in shards:
+        if str(shard) in unfetched:
+            contents.records.append(Record(str(shard), "skipped", unfetched[str(shard)], ROLE))
         else:
-            contents.records.append(Record(str(path), "used", f"{len(shard.entries)} samples", ROLE))
+            _read_shard(contents, index, shard, longest, stream)
     if not contents.samples and not any(record.fate == "skipped" for record in contents.records):
         raise DataError(f"regularization shards {pattern} hold no sample")
     return contents
+
+
+def _read_shard(contents: FolderContents, index: int, shard: Shard, longest: int, stream: bool) -> None:
+    path = shard if isinstance(shard, Path) else shard.path
+    lies = str(shard) if isinstance(shard, Path) else f"{shard}, fetched to {path},"
+    try:
+        tar = index_tar(path)
+        known = ((stated(path) or {}).get("sha256") or tar.identity) if stream else ""
+        with path.open("rb") as file:
+            for entry in tar.entries:
+                _add_sample(contents, index, entry, f"{shard}:{entry.key}", path, file.fileno(), longest, known)
+        wrong = [f"shard {lies} {fault.reason}{fault.key and f' ({fault.key})'}" for fault in tar.faults]
+        wrong = [*wrong, *_differences(path, len(tar.entries), not stream)]
+    except OSError as error:
+        wrong = [f"cannot read shard {lies}: {error.strerror}"]
+    if wrong:
+        more = f"; and {len(wrong) - MOST_FAULTS} more faults" if len(wrong) > MOST_FAULTS else ""
+        fix = "fetch or pack it again" if isinstance(shard, Path) else "remove that copy to fetch it again"
+        told = f"{'; '.join(wrong[:MOST_FAULTS])}{more}; {fix}"
+        contents.records.append(Record(str(shard), "skipped", told, ROLE))
+    else:
+        contents.records.append(Record(str(shard), "used", f"{len(tar.entries)} samples", ROLE))
 
 
 def _differences(path: Path, count: int, hashed: bool) -> list[str]:
@@ -61,10 +81,9 @@ def _differences(path: Path, count: int, hashed: bool) -> list[str]:
 
 
 def _add_sample(
-    contents: FolderContents, index: int, entry: Entry, shard: Path, fd: int, longest: int, stored: str
+    contents: FolderContents, index: int, entry: Entry, name: str, shard: Path, fd: int, longest: int, stored: str
 ) -> None:
     """Read a sample; with the identity of its shard, `stored`, its picture stays there."""
-    name = f"{shard}:{entry.key}"
     image, text = entry.first(IMAGE_KEYS), entry.first(CAPTION_KEYS)
     try:
         if image is None or text is None:

@@ -63,6 +63,11 @@ class TarIndex:
     faults: list[Fault] = field(default_factory=list)
 
     @property
+    def short(self) -> str:
+        """Why the end of the shard is missing; "" if it is there."""
+        return next((f.reason for f in self.faults if f.reason.startswith(("is cut off", "is empty"))), "")
+
+    @property
     def identity(self) -> str:
         """A hash of names, places and sizes: the same for a copy, another for a shard that was packed otherwise."""
         places = [(e.key, sorted((kind, m.offset, m.size) for kind, m in e.members.items())) for e in self.entries]

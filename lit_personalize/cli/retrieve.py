@@ -1,4 +1,4 @@
-"""`litp data retrieve|index`: a regularization set from image-text shards on local disks."""
+"""`litp data retrieve|index`: a regularization set from image-text shards."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lit_personalize.cli.console import add_device, add_json, configure_logging, emit, task_of
+
+SHARDS = (
+    "'laion/{00000..00331}.tar', a URL such as 's3://bucket/{00000..00331}.tar', or 'pipe:COMMAND'; may be repeated"
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,7 +45,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_encoder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shards", action="append", required=True, help="'laion/{00000..00331}.tar'; may be repeated")
+    parser.add_argument("--shards", action="append", required=True, help=SHARDS)
+    parser.add_argument("--fetch-to", type=Path, help="folder into which shards that lie elsewhere are fetched")
+    keep = "keep them there; otherwise each is removed when its captions were read"
+    parser.add_argument("--keep-fetched", action="store_true", help=keep)
     encoder = parser.add_mutually_exclusive_group(required=True)
     encoder.add_argument("--clip", help="directory of the CLIPModel that compares, or tinyworld")
     encoder.add_argument("--text-encoder", help="instead: of a bare CLIPTextModel, whose pooled states are compared; "
@@ -49,6 +56,15 @@ def _add_encoder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=256, help="captions embedded at once")
     add_device(parser)
     add_json(parser)
+
+
+def _shards(options: argparse.Namespace) -> Any:
+    from lit_datamodules.retrieval.retrieve import find_shards
+    from lit_personalize.errors import UsageError
+
+    if options.keep_fetched and not options.fetch_to:
+        raise UsageError("--keep-fetched keeps what is fetched to a folder: name it by --fetch-to")
+    return find_shards(options.shards, options.fetch_to)
 
 
 def _encoder(options: argparse.Namespace) -> Any:
@@ -72,11 +88,13 @@ def index(arguments: list[str]) -> int:
     parser.add_argument("--task", type=task_of, help="I/N: embed the I-th of N shares of the shards, and do not build")
     options = parser.parse_args(arguments)
     configure_logging()
-    from lit_datamodules.retrieval import retrieve, vector_index
+    from lit_datamodules.retrieval import vector_index
 
     vector_index.faiss_module()  # whose absence is better said now
-    shards, task = retrieve.find_shards(options.shards), options.task or (0, 1)
-    done = vector_index.embed_shards(shards, _encoder(options), options.output, options.batch_size, task)
+    shards, task = _shards(options), options.task or (0, 1)
+    done = vector_index.embed_shards(
+        shards, _encoder(options), options.output, options.batch_size, task, options.keep_fetched
+    )
     if options.task:
         emit({"shards embedded": done, "next": "the same command without --task, after all tasks"}, options.json)
         return 0
@@ -101,7 +119,7 @@ def main(arguments: list[str]) -> int:
     if sum(map(bool, (options.task, options.merge, options.index))) > 1:
         raise UsageError("--task scans, --merge merges and --index searches; give one of them")
     selection = Selection(options.n, options.min_similarity, options.percentile, options.near_duplicates)
-    shards, encoder, out = retrieve.find_shards(options.shards), _encoder(options), options.output
+    shards, encoder, out = _shards(options), _encoder(options), options.output
     plan = _plan(options, encoder.fingerprint)
     if options.merge:
         report = retrieve.merge_parts(shards, plan, selection, out)
@@ -110,7 +128,7 @@ def main(arguments: list[str]) -> int:
         if options.index:
             report = retrieve.merge_index(options.index, shards, plan, queries, selection, out, options.probes)
         else:
-            scanned = retrieve.scan(shards, plan, encoder, queries, out, options.task or (0, 1))
+            scanned = retrieve.scan(shards, plan, encoder, queries, out, options.task or (0, 1), options.keep_fetched)
             if options.task:
                 then = "the same command with --merge, after all tasks"
                 emit({"shards scanned": scanned, "next": then}, options.json)

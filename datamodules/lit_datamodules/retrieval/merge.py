@@ -21,8 +21,9 @@ from lit_datamodules.image_files import decode_image
 from lit_datamodules.manifest import sha256_of
 from lit_datamodules.retrieval.parts import BINS, Candidate, Part, fields_of
 from lit_datamodules.retrieval.plan import Plan
+from lit_datamodules.shard_access import MemberReader, versions_of
+from lit_datamodules.shard_paths import Shard
 from lit_datamodules.shard_writer import write_json, write_shards
-from lit_datamodules.tar_index import read_member
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Pool:
 
 def merge(
     parts: Iterable[Part],
-    shards: Mapping[str, Path],
+    shards: Mapping[str, Shard],
     plan: Plan,
     selection: Selection,
     out: Path,
@@ -116,7 +117,7 @@ def merge(
 
     Args:
         parts: Of all shards, in any order; read one after the other.
-        shards: Path of every shard by its name.
+        shards: Every shard that has a part, by its name.
         out: Folder that gets `00000.tar`..., `shards.json` and `retrieval.json`.
 
     Returns:
@@ -129,9 +130,10 @@ def merge(
     scanned: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     faults: list[str] = []
+    versions = versions_of(shards)
     for part in parts:
-        if shards[part.shard].stat().st_size != part.size:
-            raise DataError(f"shard {shards[part.shard]} changed since it was scanned; remove its part and scan again")
+        if versions[part.shard] != part.version:
+            raise DataError(f"shard {shards[part.shard]} changed since it was scanned; scan it again, then merge")
         scanned.update({"shards": 1, "samples": part.samples, "captions": part.scanned})
         dropped += part.dropped
         faults += part.faults
@@ -139,11 +141,12 @@ def merge(
             pool.add(part, name, plan.keep)
     pictures: dict[tuple[str, str], Chosen | str] = {}
     chosen: dict[tuple[str, str], Chosen] = {}
-    for name, pool in pools.items():
-        pool.set_threshold(selection)
-        for picture in _choose(pool, shards, plan, selection, pictures):
-            where = (picture.candidate.shard, picture.candidate.key)
-            chosen.setdefault(where, picture).similarities[name] = pool.similarities[-1]
+    with MemberReader({shards[name]: version for name, version in versions.items()}) as reader:
+        for name, pool in pools.items():
+            pool.set_threshold(selection)
+            for picture in _choose(pool, shards, reader, plan, selection, pictures):
+                where = (picture.candidate.shard, picture.candidate.key)
+                chosen.setdefault(where, picture).similarities[name] = pool.similarities[-1]
     if not chosen:
         best = ", ".join(f"{name}: {p.candidates[0].similarity:.3f}" for name, p in pools.items() if p.candidates)
         raise DataError(f"no picture passes; the most similar caption per query: {best or 'none at all'}")
@@ -167,7 +170,7 @@ def _told(pool: Pool, selection: Selection) -> dict[str, Any]:
 
 
 def _choose(
-    pool: Pool, shards: Mapping[str, Path], plan: Plan, selection: Selection,
+    pool: Pool, shards: Mapping[str, Shard], reader: MemberReader, plan: Plan, selection: Selection,
     pictures: dict[tuple[str, str], Chosen | str],
 ) -> Iterator[Chosen]:  # fmt: skip
     hashes: list[int] = []
@@ -176,7 +179,7 @@ def _choose(
             return
         where = (candidate.shard, candidate.key)
         if where not in pictures:
-            pictures[where] = _open(candidate, shards[candidate.shard], plan.filters.min_side or 1)
+            pictures[where] = _open(candidate, shards[candidate.shard], reader, plan.filters.min_side or 1)
         picture = pictures[where]
         if isinstance(picture, str):
             pool.rejected[picture] += 1
@@ -188,9 +191,9 @@ def _choose(
             yield picture
 
 
-def _open(candidate: Candidate, shard: Path, min_side: int) -> Chosen | str:
+def _open(candidate: Candidate, shard: Shard, reader: MemberReader, min_side: int) -> Chosen | str:
     """The picture, or why it cannot be used."""
-    data = read_member(shard, candidate.image)
+    data = reader.read(shard, candidate.image)
     try:
         picture = decode_image(data, f"{shard}:{candidate.key}")
     except DataError:

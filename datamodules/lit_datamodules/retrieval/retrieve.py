@@ -8,37 +8,49 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 
 from lit_datamodules.errors import DataError, DataOptionError
+from lit_datamodules.fetching import PIPE
 from lit_datamodules.retrieval import vector_index
 from lit_datamodules.retrieval.merge import Selection, merge
-from lit_datamodules.retrieval.parts import read_part, write_part
+from lit_datamodules.retrieval.parts import file_name, outdated, read_part, write_part
 from lit_datamodules.retrieval.plan import CaptionEncoder, Plan
 from lit_datamodules.retrieval.scan import scan_shard
-from lit_datamodules.shard_paths import shard_paths
+from lit_datamodules.shard_access import in_turn
+from lit_datamodules.shard_paths import Shard, shard_paths
 from lit_datamodules.shard_writer import write_json
 
 log = logging.getLogger(__name__)
 
 
-def find_shards(patterns: Sequence[str]) -> dict[str, Path]:
-    """Shards by name, in the order of their names: the part of the path that is not common to all.
+def find_shards(patterns: Sequence[str], fetch_to: Path | None = None) -> dict[str, Shard]:
+    """Shards by name, in the order of their names: the part of the path or URL that is not common to all.
 
     Args:
-        patterns: Paths with braces (`{00000..00331}.tar`) or wildcards (`*.tar`).
+        patterns: Paths with braces (`{00000..00331}.tar`) or wildcards (`*.tar`), URLs with braces, or `pipe:COMMAND`.
+        fetch_to: Folder for shards that lie elsewhere.
 
     Raises:
-        DataError: A pattern names nothing, or a shard that does not exist.
+        DataError: A pattern names nothing, or a local shard that does not exist.
+        DataOptionError: A pattern is a URL that cannot be opened, or `fetch_to` is missing.
     """
-    paths = [path for pattern in patterns for path in shard_paths(pattern)]
-    folder = os.path.commonpath([path.absolute().parent for path in paths])
-    return {os.path.relpath(path.absolute(), folder): path for path in sorted(set(paths), key=str)}
+    found = {shard for pattern in patterns for shard in shard_paths(pattern, fetch_to, "--fetch-to")}
+    steps = {shard: _steps(shard) for shard in sorted(found, key=str)}
+    common = len(os.path.commonprefix([parts[:-1] for parts in steps.values()]))
+    return {"/".join(parts[common:]): shard for shard, parts in steps.items()}
+
+
+def _steps(shard: Shard) -> list[str]:
+    """Folders and name; a command is one name."""
+    if isinstance(shard, Path):
+        return os.path.abspath(shard).split("/")
+    return [shard.url] if shard.url.startswith(PIPE) else shard.url.split("/")
 
 
 def parts_folder(out: Path, plan: Plan) -> Path:
@@ -47,10 +59,15 @@ def parts_folder(out: Path, plan: Plan) -> Path:
 
 
 def scan(
-    shards: dict[str, Path], plan: Plan, encoder: CaptionEncoder, queries: np.ndarray, out: Path,
-    task: tuple[int, int] = (0, 1),
+    shards: Mapping[str, Shard], plan: Plan, encoder: CaptionEncoder, queries: np.ndarray, out: Path,
+    task: tuple[int, int] = (0, 1), keep: bool = False,
 ) -> int:  # fmt: skip
     """Scan every `task[1]`-th shard that has no part yet, from the `task[0]`-th on; returns how many.
+
+    A part of another shard that had this name, or of what the shard was before, is replaced.
+
+    Args:
+        keep: Shards that are fetched; otherwise each is removed when it was scanned.
 
     Raises:
         DataOptionError: The task's number is not below the number of tasks.
@@ -63,21 +80,24 @@ def scan(
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "plan.json").exists():
         write_json(plan.to_dict(), folder / "plan.json")
-    mine = [name for i, name in enumerate(shards) if i % of == number and not part_path(folder, name).exists()]
-    for done, name in enumerate(mine, start=1):
-        part = scan_shard(shards[name], name, plan, encoder, queries)
-        write_part(part, part_path(folder, name))
-        said = f", {len(part.faults)} faults" if part.faults else ""
-        log.info("%s: %d captions of %d samples%s (%d of %d)", name, part.scanned, part.samples, said, done, len(mine))
+    share = {name: shard for i, (name, shard) in enumerate(shards.items()) if i % of == number}
+    mine = outdated(share, {name: part_path(folder, name) for name in share})
+    with closing(in_turn([shards[name] for name in mine], keep)) as places:
+        for done, (name, (version, path)) in enumerate(zip(mine, places, strict=True), start=1):
+            part = scan_shard(path, name, plan, encoder, queries, version)
+            write_part(part, part_path(folder, name))
+            said = f"{part.scanned} captions of {part.samples} samples"
+            said += f", {len(part.faults)} faults" if part.faults else ""
+            log.info("%s: %s (%d of %d)", name, said, done, len(mine))
     return len(mine)
 
 
 def part_path(folder: Path, shard: str) -> Path:
     """Where the part of a shard lies."""
-    return folder / f"{quote(shard, safe='')}.parquet"
+    return folder / file_name(shard, ".parquet")
 
 
-def merge_parts(shards: dict[str, Path], plan: Plan, selection: Selection, out: Path) -> dict[str, Any]:
+def merge_parts(shards: Mapping[str, Shard], plan: Plan, selection: Selection, out: Path) -> dict[str, Any]:
     """Merge the parts of all shards into the set in `out`; see `merge`.
 
     Raises:
@@ -90,7 +110,7 @@ def merge_parts(shards: dict[str, Path], plan: Plan, selection: Selection, out: 
 
 
 def merge_index(
-    index: Path, shards: dict[str, Path], plan: Plan, queries: np.ndarray, selection: Selection, out: Path,
+    index: Path, shards: Mapping[str, Shard], plan: Plan, queries: np.ndarray, selection: Selection, out: Path,
     probes: float = vector_index.PROBES,
 ) -> dict[str, Any]:  # fmt: skip
     """Make the set in `out` from an index instead of a scan; see `merge` and `vector_index.search`.
@@ -104,4 +124,4 @@ def merge_index(
     parts = list(vector_index.search(index, plan, queries, probes))
     if missing := [part.shard for part in parts if part.shard not in shards]:
         raise DataError(f"the index {index} knows shards that are not given: {', '.join(missing[:5])}; name them all")
-    return merge(parts, shards, plan, selection, out)
+    return merge(parts, {part.shard: shards[part.shard] for part in parts}, plan, selection, out)

@@ -17,17 +17,20 @@ from lit_datamodules.retrieval.plan import CaptionEncoder, Plan
 from lit_datamodules.retrieval.shard_captions import Captioned, captioned_batches
 
 
-def scan_shard(path: Path, name: str, plan: Plan, encoder: CaptionEncoder, queries: np.ndarray) -> Part:
+def scan_shard(
+    path: Path, name: str, plan: Plan, encoder: CaptionEncoder, queries: np.ndarray, version: str = ""
+) -> Part:
     """Embed the captions of a shard and keep the best of each query.
 
     Args:
         name: By which the shard is known in the result.
         queries: fp32 `[len(plan.queries), d]`, unit vectors in the encoder's space.
+        version: Of the shard, for the record.
 
     Raises:
         DataError: The file cannot be read at all, or the encoder gave vectors of another width.
     """
-    part = Part(name, 0)
+    part = Part(name, version)
     rows: list[Captioned] = []
     scores: list[np.ndarray] = []
     for group, tokens in captioned_batches(path, part, plan.batch_size, encoder, plan.filters):

@@ -50,7 +50,7 @@ def captioned_batches(
     """
     try:
         index = index_tar(path)
-        part.size, part.samples = path.stat().st_size, len(index.entries)
+        part.samples = len(index.entries)
     except OSError as error:
         raise DataError(f"cannot read shard {path}: {error.strerror}") from error
     part.faults += [f"{part.shard}{':' + fault.key if fault.key else ''} {fault.reason}" for fault in index.faults]

@@ -15,16 +15,28 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 
 from lit_datamodules.errors import DataError, DataOptionError
-from lit_datamodules.retrieval.parts import BINS, PICTURE, Candidate, Part, fields_of, read_table, write_table
+from lit_datamodules.retrieval.parts import (
+    BINS,
+    PICTURE,
+    Candidate,
+    Part,
+    fields_of,
+    file_name,
+    outdated,
+    read_table,
+    write_table,
+)
 from lit_datamodules.retrieval.plan import CaptionEncoder, Plan
 from lit_datamodules.retrieval.shard_captions import captioned_batches
+from lit_datamodules.shard_access import in_turn
+from lit_datamodules.shard_paths import Shard
 from lit_datamodules.shard_writer import write_json
 
 log = logging.getLogger(__name__)
@@ -49,10 +61,15 @@ def faiss_module() -> Any:
 
 
 def embed_shards(
-    shards: Mapping[str, Path], encoder: CaptionEncoder, folder: Path, batch_size: int = 256,
-    task: tuple[int, int] = (0, 1),
+    shards: Mapping[str, Shard], encoder: CaptionEncoder, folder: Path, batch_size: int = 256,
+    task: tuple[int, int] = (0, 1), keep: bool = False,
 ) -> int:  # fmt: skip
     """Embed every `task[1]`-th shard that is not embedded yet, from the `task[0]`-th on; returns how many.
+
+    What is there of another shard that had this name, or of what the shard was before, is replaced.
+
+    Args:
+        keep: Shards that are fetched; otherwise each is removed when it was embedded.
 
     Raises:
         DataError: A shard cannot be read, or the folder belongs to another encoder.
@@ -63,24 +80,27 @@ def embed_shards(
     if note.exists() and json.loads(note.read_text(encoding="utf-8")) != about:
         raise DataError(f"{folder} holds embeddings of another encoder or batch size; name another folder")
     write_json(about, note)
-    mine = [name for i, name in enumerate(shards) if i % task[1] == task[0] and not _rows(folder, name).exists()]
-    for done, name in enumerate(mine, start=1):
-        part, vectors, rows = Part(name, 0), [], []
-        for group, tokens in captioned_batches(shards[name], part, batch_size, encoder):
-            vectors.append(encoder.embed(tokens).astype(np.float16))
-            rows += [row.row for row in group]
-        part.scanned = len(rows)
-        _save(folder, name, part, np.concatenate(vectors) if vectors else np.zeros((0, 0), np.float16), rows)
-        log.info("%s: %d captions embedded (%d of %d)", name, len(rows), done, len(mine))
+    share = {name: shard for i, (name, shard) in enumerate(shards.items()) if i % task[1] == task[0]}
+    mine = outdated(share, {name: _rows(folder, name) for name in share})
+    with closing(in_turn([shards[name] for name in mine], keep)) as places:
+        for done, (name, (version, path)) in enumerate(zip(mine, places, strict=True), start=1):
+            part, vectors, rows = Part(name, version), [], []
+            for group, tokens in captioned_batches(path, part, batch_size, encoder):
+                vectors.append(encoder.embed(tokens).astype(np.float16))
+                rows += [row.row for row in group]
+            part.scanned = len(rows)
+            (folder / "index.json").unlink(missing_ok=True)  # an index of other vectors would name wrong rows
+            _save(folder, name, part, np.concatenate(vectors) if vectors else np.zeros((0, 0), np.float16), rows)
+            log.info("%s: %d captions embedded (%d of %d)", name, len(rows), done, len(mine))
     return len(mine)
 
 
 def _rows(folder: Path, shard: str) -> Path:
-    return folder / "rows" / f"{quote(shard, safe='')}.parquet"
+    return folder / "rows" / file_name(shard, ".parquet")
 
 
 def _vectors(folder: Path, shard: str) -> Path:
-    return folder / "embeddings" / f"{quote(shard, safe='')}.npy"
+    return folder / "embeddings" / file_name(shard, ".npy")
 
 
 def _save(folder: Path, shard: str, part: Part, vectors: np.ndarray, rows: list[dict[str, Any]]) -> None:
@@ -93,7 +113,7 @@ def _save(folder: Path, shard: str, part: Part, vectors: np.ndarray, rows: list[
     write_table(rows, PICTURE, part, _rows(folder, shard))
 
 
-def build(shards: Mapping[str, Path], folder: Path) -> dict[str, Any]:
+def build(shards: Mapping[str, Shard], folder: Path) -> dict[str, Any]:
     """Make the searchable index of all embedded shards; returns what `index.json` says.
 
     Raises:

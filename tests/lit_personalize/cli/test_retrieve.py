@@ -53,6 +53,18 @@ def test_tasks_of_an_array_and_a_picture_as_query(
     assert json.loads(many)["queries"]["mine"]["kept"] == 4
 
 
+def test_shards_elsewhere_give_the_same_set(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--query", "photo of a critter", "--n", "6", "--json", "-o"]
+    assert main([*command, *asked, str(tmp_path / "local")]) == 0
+    elsewhere = [f"file://{part}" if part.endswith(".tar") else part for part in command]
+    assert main([*elsewhere, "--fetch-to", str(tmp_path / "fetched"), *asked, str(tmp_path / "away")]) == 0
+    assert (tmp_path / "local/00000.tar").read_bytes() == (tmp_path / "away/00000.tar").read_bytes()
+    assert not list((tmp_path / "fetched").iterdir())
+    capsys.readouterr()
+
+
 def test_a_streamed_set_trains_and_late_damage_is_in_the_manifest(
     command: list[str], tiny_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -122,12 +134,17 @@ def test_a_set_that_the_base_draws(
         (["--query", "a", "--index", "none"], 3, "none holds no finished index"),
         (["--image", "none.png"], 3, "cannot read picture none.png"),
         (["--query", "a", "--clip", "nowhere"], 3, "nowhere has no config.json"),
+        (["--query", "a", "--shards", "https://host/0.tar"], 2, "name a folder for that by --fetch-to"),
+        (["--query", "a", "--keep-fetched"], 2, "name it by --fetch-to"),
+        (["--query", "a", "--shards", "file:///none/0.tar", "--fetch-to", "f"], 3, "0.tar: not found (1 attempt)"),
         (["--query", "a", "--shards", "none/{0..2}.tar"], 3, "shards are missing: none/0.tar"),
     ],
 )
 def test_wrong_input_is_one_sentence(
-    more: list[str], code: int, said: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    more: list[str], code: int, said: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
     assert main([*command, "-o", str(tmp_path / "out"), *more]) == code
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("litp data: ") and said in last

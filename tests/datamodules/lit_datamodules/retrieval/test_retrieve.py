@@ -202,7 +202,7 @@ def test_it_says_when_parts_left_out_what_might_pass(encoder: Any, corpus: Path,
     assert report["queries"]["circle"]["complete"] is True
 
 
-def test_damage_is_in_the_report_and_a_changed_shard_is_refused(encoder: Any, corpus: Path, tmp_path: Path) -> None:
+def test_damage_is_in_the_report_and_a_changed_shard_is_not_merged(encoder: Any, corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     for path in corpus.glob("*.tar"):
@@ -216,8 +216,9 @@ def test_damage_is_in_the_report_and_a_changed_shard_is_refused(encoder: Any, co
     assert any("00004.tar is a web page" in fault for fault in report["faults"])
     assert 60 < report["scanned"]["captions"] < 75
     (folder / "00001.tar").write_bytes(whole)
-    with pytest.raises(DataError, match=r"00001\.tar changed since it was scanned"):
-        retrieve(folder, encoder, plan, tmp_path / "out")
+    with pytest.raises(DataError, match=r"00001\.tar changed since it was scanned; scan it again"):
+        merge_parts(find_shards([str(folder / "*.tar")]), plan, ALL, tmp_path / "out")
+    assert retrieve(folder, encoder, plan, tmp_path / "out")["scanned"]["captions"] == 75
     with pytest.raises(DataError, match=r"shards are missing: .*00006\.tar"):
         find_shards([str(folder / "{00005..00006}.tar")])
     with pytest.raises(DataError, match="no shard is called"):
