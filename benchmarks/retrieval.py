@@ -123,14 +123,14 @@ def stream(work: Path, pictures: int, rounds: int) -> dict[str, Any]:
 
     def ours() -> None:
         for number, sample in enumerate(streamed):
-            pixels_of(sample, decide(sample, Slot(number, PRIOR, number, 0), geometry))
+            pixels_of(sample, decide(sample, Slot(number, PRIOR, number, 0, (512, 512)), geometry))
 
     def bare() -> None:
         still = streamed[0]
         shards = [str(path) for path in sorted((work / "stream").glob("*.tar"))]
         for number, item in enumerate(wds.WebDataset(shards, shardshuffle=False)):
             sample = type(still)(decode_image(item["jpg"], item["__key__"]).pixels, (512, 512), ("a",), "", PRIOR)
-            pixels_of(sample, decide(sample, Slot(number, PRIOR, number, 0), geometry))
+            pixels_of(sample, decide(sample, Slot(number, PRIOR, number, 0, (512, 512)), geometry))
 
     ours()
     return turns(rounds, lambda: timed(pictures, ours), lambda: timed(pictures, bare))

@@ -26,7 +26,7 @@ class Role(IntEnum):
 
 @dataclass
 class Batch:
-    """One step's samples. Either `pixels` or `latent_mean`/`latent_std`; either ids or states."""
+    """One step's samples: pixels of the first, VAE posteriors of the others (or all of one kind); ids or states."""
 
     role: Tensor
     """int64 `[B]`, values of `Role`."""
@@ -35,11 +35,11 @@ class Batch:
     sample_id: list[str]
     """`[B]` names for messages and the manifest."""
     pixels: Tensor | None = None
-    """fp32 `[B, 3, H, W]` in [-1, 1]."""
+    """fp32 `[B', 3, H, W]` in [-1, 1], of the first B' samples."""
     latent_mean: Tensor | None = None
-    """fp32 `[B, C, h, w]`: mean of the VAE posterior, not yet scaled."""
+    """fp32 `[B - B', C, h, w]` of the samples behind them: mean of the VAE posterior, not yet scaled."""
     latent_std: Tensor | None = None
-    """fp32 `[B, C, h, w]`: standard deviation of the VAE posterior, exp(log-variance / 2).
+    """fp32 `[B - B', C, h, w]`: standard deviation of the VAE posterior, exp(log-variance / 2).
 
     A step multiplies by it, so a batch has it ready; in half-precision files only the log-variance keeps its
     precision, small deviations underflow.
@@ -61,18 +61,22 @@ class Batch:
     captions: list[str] | None = None
 
     def __post_init__(self) -> None:
-        if (self.pixels is None) == (self.latent_mean is None):
-            raise ValueError("a Batch has either pixels or latent_mean (with latent_std)")
+        if self.pixels is None and self.latent_mean is None:
+            raise ValueError("a Batch has pixels, or latent_mean (with latent_std), or pixels of the first samples")
         if (self.latent_mean is None) != (self.latent_std is None):
             raise ValueError("latent_mean and latent_std come together")
         if (self.input_ids is None) == (self.text_states is None):
             raise ValueError("a Batch has either input_ids or text_states")
         size = len(self)
+        drawn = 0 if self.pixels is None else len(self.pixels)
+        behind = {"pixels": drawn, "latent_mean": size - drawn, "latent_std": size - drawn}
+        if self.latent_mean is None:
+            behind["pixels"] = size
         for name, value in vars(self).items():
             parts = value if name == "input_ids" and value is not None else (value,)
             for part in parts:
-                if part is not None and len(part) != size:
-                    raise ValueError(f"Batch.{name} has {len(part)} samples, role has {size}")
+                if part is not None and len(part) != behind.get(name, size):
+                    raise ValueError(f"Batch.{name} has {len(part)} samples, not {behind.get(name, size)}, of {size}")
 
     def __len__(self) -> int:
         return len(self.role)

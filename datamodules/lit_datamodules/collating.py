@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lit_datamodules.buckets import Shape
 from lit_datamodules.concept_folder import Sample
 from lit_datamodules.errors import DataError
 from lit_datamodules.latent_cache import LatentCache
@@ -31,14 +32,22 @@ class Drawn(NamedTuple):
     """Why there are no pixels."""
 
 
-def draw(samples: Sequence[Sample], geometry: Geometry, with_pixels: bool, slot: Slot) -> Drawn:
-    """Make the view of one slot; a pure function, for worker processes."""
+def draw(samples: Sequence[Sample], geometry: Geometry, kept: tuple[int, ...], slot: Slot) -> Drawn:
+    """Make the view of one slot, without pixels for roles that are kept as posteriors; for worker processes."""
     sample = samples[slot.sample]
     shot = decide(sample, slot, geometry)
     try:
-        return Drawn(slot, shot, torch.from_numpy(pixels_of(sample, shot)) if with_pixels else None)
+        return Drawn(slot, shot, None if slot.role in kept else torch.from_numpy(pixels_of(sample, shot)))
     except DataError as error:
         return Drawn(slot, shot, None, str(error))
+
+
+def in_batches(samples: Sequence[Sample], geometry: Geometry, size: int) -> list[list[Sample]]:
+    """Samples in batches of at most `size` whose largest views have one shape."""
+    alike: dict[Shape, list[Sample]] = {}
+    for sample in samples:
+        alike.setdefault(geometry.shapes(sample)[-1], []).append(sample)
+    return [group[start : start + size] for group in alike.values() for start in range(0, len(group), size)]
 
 
 class Collator:
@@ -83,20 +92,22 @@ class Collator:
             drawn = [self.instead(one) if one.damage else one for one in drawn]
         batch = self._described([self.samples[one.slot.sample] for one in drawn], [one.shot for one in drawn])
         batch["position"] = torch.tensor([one.slot.position for one in drawn])
-        if self.cache is not None:
-            keys = [(one.slot.sample, one.shot.view.flip) for one in drawn]
+        kept = [one for one in drawn if self.cache is not None and one.slot.role in self.cache.roles]
+        if self.cache is not None and kept:  # instances come first, and theirs are kept only where all are
+            keys = [(one.slot.sample, one.shot.view.flip, one.slot.shape) for one in kept]
             batch["latent_mean"], batch["latent_std"] = self.cache.batch(keys)
-        else:
-            batch["pixels"] = torch.stack([one.pixels for one in drawn if one.pixels is not None])
+        if pixels := [one.pixels for one in drawn if one.pixels is not None]:
+            batch["pixels"] = torch.stack(pixels)
         return batch
 
     def still_batches(self, samples: Sequence[Sample], size: int) -> Iterator[dict[str, Any]]:
-        """Yield the unchanging views of other samples in batches of `size`, for validation."""
-        for start in range(0, len(samples), size):
-            part = samples[start : start + size]
+        """Yield the unchanging views of other samples in batches of one shape and at most `size`, for validation."""
+        start = 0
+        for part in in_batches(samples, self.geometry, size):
             shots = [still(sample, self.geometry) for sample in part]
             batch = self._described(part, shots)
             batch["position"] = torch.arange(start, start + len(part))
+            start += len(part)
             views = [torch.from_numpy(pixels_of(s, shot)) for s, shot in zip(part, shots, strict=True)]
             batch["pixels"] = torch.stack(views)
             yield batch

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from PIL import Image
 
 from lit_datamodules import manifest
 from lit_datamodules.captions import fill, lacks_token, prompts_of, read_caption
@@ -30,8 +31,10 @@ class Concept:
             ("object", "style").
         captions: "sidecar" demands a `.txt` for each picture, "prompt" passes over them.
         repeats: How often each picture counts within an epoch.
+        share: Of several concepts that take turns, how much of a batch is this one's, such as 2 beside another's 1.
         flip: Share of mirrored views; None takes that of the data module.
         alpha_mask: Count only opaque parts of pictures with transparency in the loss.
+        masks: Folder with a picture of the same name (any suffix) and size for each, white where the loss counts.
         held_out: Number of pictures that are kept for validation.
         name: For titles; by default token and noun.
     """
@@ -42,14 +45,20 @@ class Concept:
     prompt: str | list[str] = "photo of a {}"
     captions: Literal["auto", "sidecar", "prompt"] = "auto"
     repeats: int = 1
+    share: float = 1.0
     flip: float | None = None
     alpha_mask: bool = False
+    masks: str | None = None
     held_out: int = 0
     name: str = ""
 
     def __post_init__(self) -> None:
         if self.repeats < 1:
             raise DataOptionError(f"concept {self.title}: repeats must be at least 1, not {self.repeats}")
+        if self.share <= 0:
+            raise DataOptionError(f"concept {self.title}: share must be above 0, not {self.share}")
+        if self.alpha_mask and self.masks:
+            raise DataOptionError(f"concept {self.title}: the loss is masked by alpha_mask or by masks, not by both")
         if self.flip is not None and not 0 <= self.flip <= 1:
             raise DataOptionError(f"concept {self.title}: flip is a share in [0, 1], not {self.flip}")
         if self.held_out < 0:
@@ -78,6 +87,8 @@ class Sample:
     """uint8 `[H, W]`, where it masks the loss."""
     flip: float = 0.0
     record: Record | None = None
+    mask_sha256: str = ""
+    """Of the file that `alpha` was read from, where it is not the picture's own."""
 
     @property
     def pixels(self) -> np.ndarray:
@@ -145,6 +156,9 @@ def read_concept(index: int, concept: Concept, flip: float, longest: int, seed: 
                 raise DataError(f"{path} has no caption {sidecar.name}; write one, or set captions to auto")
             captions = (_sidecar_caption(sidecar, concept),) if has_sidecar else prompts
             picture = read_image(path)
+            mask = mask_file(concept.masks, path) if concept.masks else None
+            if mask is not None:
+                picture = masked(picture, path, mask)
         except DataError as error:
             contents.records.append(Record(str(path), "skipped", str(error), role, concept.title))
             continue
@@ -152,9 +166,13 @@ def read_concept(index: int, concept: Concept, flip: float, longest: int, seed: 
             picture, str(path), path.read_bytes(), role, concept.title, captions[0],
             sidecar.name if has_sidecar else "prompt",
         )  # fmt: skip
+        record = replace(record, mask=str(mask or ""))
         contents.records.append(record)
         share = concept.flip if concept.flip is not None else flip
-        sample = sample_of(picture, record, captions, INSTANCE, index, longest, concept.alpha_mask, share)
+        counts = concept.alpha_mask or mask is not None
+        sample = sample_of(picture, record, captions, INSTANCE, index, longest, counts, share)
+        if mask is not None:
+            sample = replace(sample, mask_sha256=manifest.sha256_of(mask.read_bytes()))
         (contents.held_out if path in kept_back else contents.samples).append(sample)
     contents.records += [
         Record(str(path), "used", f"caption of {' and '.join(names)}", "caption", concept.title,
@@ -163,6 +181,35 @@ def read_concept(index: int, concept: Concept, flip: float, longest: int, seed: 
     ]  # fmt: skip
     contents.records += manifest.ignore_rest(folder, (record.path for record in contents.records))
     return contents
+
+
+def mask_file(folder: str, path: Path) -> Path:
+    """The picture in `folder` that has the name of `path`, whatever its suffix.
+
+    Raises:
+        DataError: There is none, or there are several.
+    """
+    found = [mask for mask in list_images(Path(folder)) if mask.stem == path.stem]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise DataError(f"{path} has several masks in {folder}: {', '.join(m.name for m in found)}; keep one")
+    raise DataError(f"{path} has no mask {path.stem}.png in {folder}; draw one (white where the loss counts)")
+
+
+def masked(picture: Picture, path: Path, mask: Path) -> Picture:
+    """A picture whose alpha is the brightness of a mask of its size.
+
+    Raises:
+        DataError: The mask cannot be read, has another size, or is all black.
+    """
+    bright = np.asarray(Image.fromarray(read_image(mask).pixels).convert("L"))
+    if bright.shape != picture.size:
+        sizes = "{1} x {0} pixels, {3} x {2}".format(*bright.shape, *picture.size)
+        raise DataError(f"mask {mask} and its picture {path} differ in size ({sizes}); draw it on the upright picture")
+    if not bright.any():
+        raise DataError(f"mask {mask} is all black: nothing of {path} would count; white marks what counts")
+    return replace(picture, alpha=bright)
 
 
 def _sidecar_caption(path: Path, concept: Concept) -> str:

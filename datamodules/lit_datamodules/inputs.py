@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lit_datamodules import manifest, regularization
+from lit_datamodules.buckets import Shape
 from lit_datamodules.concept_folder import Concept, FolderContents, Sample, read_concept
 from lit_datamodules.errors import DataError
-from lit_datamodules.order import INSTANCE, PRIOR
+from lit_datamodules.order import INSTANCE, PRIOR, Bucket
 from lit_datamodules.protocols import Generator
 from lit_datamodules.regularization import Regularization
 from lit_datamodules.resize_augmentation import crop_box
@@ -77,23 +78,42 @@ class Inputs:
                 raise DataError(f"no picture of the regularization set {options.shards or options.folder} can be used")
 
 
-def pools(samples: Sequence[Sample], role: int, repeats: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Numbers of the samples of each concept, or each set, every one as often as its entry of `repeats` says."""
-    return tuple(
-        tuple(i for i, s in enumerate(samples) if (s.role, s.concept) == (role, pool) for _ in range(times))
-        for pool, times in enumerate(repeats)
-    )
+def buckets_of(samples: Sequence[Sample], geometry: Geometry, repeats: Sequence[int]) -> tuple[Bucket, ...]:
+    """The instances by the shapes in which they are shown, every one as often as its concept's `repeats` says."""
+    found: dict[Shape, list[list[int]]] = {}
+    for number, sample in enumerate(samples):
+        if sample.role == INSTANCE:
+            for shape in geometry.shapes(sample):
+                pools = found.setdefault(shape, [[] for _ in repeats])
+                pools[sample.concept] += [number] * repeats[sample.concept]
+    return tuple(Bucket(shape, tuple(map(tuple, found[shape]))) for shape in sorted(found))
+
+
+def sets_of(samples: Sequence[Sample], count: int) -> tuple[tuple[int, ...], ...]:
+    """Numbers of the samples of each of `count` regularization sets."""
+    own = [(i, s.concept) for i, s in enumerate(samples) if s.role == PRIOR]
+    return tuple(tuple(i for i, concept in own if concept == number) for number in range(count))
+
+
+def set_shares(sets: Sequence[Regularization], shares: Sequence[float]) -> list[float]:
+    """How much of the regularization pictures each set gives: as asked, or by its `per_batch`, or as its concept."""
+    if all(options.per_batch for options in sets):
+        default = [float(options.per_batch or 1) for options in sets]
+    else:
+        default = list(shares) if len(sets) == len(shares) else [1.0] * len(sets)
+    return [own if options.share is None else options.share for own, options in zip(default, sets, strict=True)]
 
 
 def dataset_hash(samples: Sequence[Sample]) -> str:
     """Hash of the pictures and captions that train, wherever they lie."""
-    used = [(s.role, s.concept, Path(s.name).name, s.captions, s.identity) for s in samples]
+    used = [(s.role, s.concept, Path(s.name).name, s.captions, s.identity, s.mask_sha256) for s in samples]
     return hashlib.sha256(json.dumps(used).encode()).hexdigest()
 
 
 def files_of(samples: Sequence[Sample]) -> dict[str, str]:
     """Hash of every file that trains, by its concept or set and its name."""
-    return {f"{_place(s)}/{Path(s.name).name}": s.identity for s in samples}
+    found = {f"{_place(s)}/{Path(s.name).name}": s.identity for s in samples}
+    return found | {f"{_place(s)}/mask of {Path(s.name).name}": s.mask_sha256 for s in samples if s.mask_sha256}
 
 
 def compare(state: Mapping[str, Any], samples: Sequence[Sample], options: Mapping[str, Any]) -> None:
@@ -124,5 +144,8 @@ def _place(sample: Sample) -> str:
 
 def _with_crop(record: manifest.Record, sample: Sample, geometry: Geometry) -> manifest.Record:
     """Note what is cut out of the upright file, in its own pixels."""
-    box = None if geometry.crop == "random" else crop_box(*sample.original, geometry.crop)
-    return replace(record, crop=box, resize=geometry.size)
+    if sample.role == PRIOR and (geometry.buckets or geometry.resolutions):  # shown in the shape of each step
+        return record
+    shapes = geometry.shapes(sample)
+    box = None if geometry.crop == "random" else crop_box(sample.original, shapes[-1], geometry.crop)
+    return replace(record, crop=box, sizes=shapes)

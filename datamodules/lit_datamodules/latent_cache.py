@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_datamodules.buckets import Shape
 from lit_datamodules.concept_folder import Sample
 from lit_datamodules.errors import DataError
+from lit_datamodules.order import INSTANCE, PRIOR
 from lit_datamodules.protocols import ImageEncoder
 from lit_datamodules.stored_picture import StoredPicture
 from lit_datamodules.tensor_store import TensorStore, key_of
@@ -21,16 +23,16 @@ from lit_datamodules.training_view import Geometry, pixels_of, still
 CHUNK = 4  # pictures per pass of the VAE, whose activations are large
 PER_FILE = 64
 """Posteriors that are put into a store at once."""
-View = tuple[int, bool]
-"""A sample's number, and whether it is mirrored."""
+View = tuple[int, bool, Shape]
+"""A sample's number, whether it is mirrored, and height and width in pixels."""
 
 
 class LatentCache:
-    """Posteriors by view; mirror images are kept only of samples that are mirrored.
+    """Posteriors by view, of the roles whose views do not move; mirror images only of samples that are mirrored.
 
     Args:
         samples: All of the training.
-        geometry: Of their views, which must be still.
+        geometry: Of their views.
         encoder: Encodes what is not there yet.
         store: Keeps posteriors on disk, under keys that hold the picture's bytes, all that decides its view, and the
             weights and precision of the VAE. Without it, everything is encoded into memory.
@@ -50,7 +52,17 @@ class LatentCache:
         self.store = store
         self.damaged: dict[int, str] = {}
         """Samples whose streamed picture cannot be read, with the reason."""
-        views = [(i, flip) for i, s in enumerate(samples) for flip in ((False, True) if s.flip else (False,))]
+        self.roles = tuple(role for role in (INSTANCE, PRIOR) if not geometry.moves(role))
+        """Of which samples every posterior is kept."""
+        instances = [s for s in samples if s.role == INSTANCE]
+        all_shapes = list(dict.fromkeys(shape for s in instances for shape in geometry.shapes(s)))
+        views = [
+            (i, flip, shape)
+            for i, s in enumerate(samples)
+            if s.role in self.roles
+            for flip in ((False, True) if s.flip else (False,))
+            for shape in (geometry.shapes(s) if s.role == INSTANCE else all_shapes)
+        ]
         self._kept: dict[View, tuple[Tensor, Tensor]] = {}
         self._keys: dict[View, str] = {}
         if store is not None:
@@ -66,17 +78,18 @@ class LatentCache:
 
     def _key(self, view: View, vae: str) -> str:
         sample = self.samples[view[0]]
-        shot = still(sample, self.geometry, view[1])
-        return key_of("posterior 1", sample.identity, sample.size, shot.box, self.geometry.size, view[1], vae)
+        shot = still(sample, self.geometry, *view[1:])
+        return key_of("posterior 2", sample.identity, sample.size, shot.box, view[2], view[1], vae)
 
     def _fill(self, views: Sequence[View], encoder: ImageEncoder) -> None:
         made: dict[View, tuple[Tensor, Tensor]] = {}
         for start in range(0, len(views), CHUNK):
             pictures = [(view, self._pixels(view)) for view in views[start : start + CHUNK]]
             drawn = [(view, pixels) for view, pixels in pictures if pixels is not None]
-            if drawn:
-                mean, std = encoder.encode_pixels(torch.from_numpy(np.stack([pixels for _, pixels in drawn])))
-                for (view, _), m, s in zip(drawn, mean.float().cpu(), std.float().cpu(), strict=True):
+            for shape in dict.fromkeys(view[2] for view, _ in drawn):
+                alike = [(view, pixels) for view, pixels in drawn if view[2] == shape]
+                mean, std = encoder.encode_pixels(torch.from_numpy(np.stack([pixels for _, pixels in alike])))
+                for (view, _), m, s in zip(alike, mean.float().cpu(), std.float().cpu(), strict=True):
                     made[view] = (m.clone(), s.clone())
             if self.store is not None and (len(made) >= PER_FILE or start + CHUNK >= len(views)):
                 self.store.put({self._keys[view]: {"mean": m, "std": s} for view, (m, s) in made.items()})
@@ -86,7 +99,7 @@ class LatentCache:
     def _pixels(self, view: View) -> np.ndarray | None:
         sample = self.samples[view[0]]
         try:
-            return pixels_of(sample, still(sample, self.geometry, view[1]))
+            return pixels_of(sample, still(sample, self.geometry, *view[1:]))
         except DataError as error:
             self.damaged[view[0]] = str(error)
             return None

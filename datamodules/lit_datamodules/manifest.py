@@ -37,9 +37,11 @@ class Record:
     mode: str = ""
     sha256: str = ""
     crop: tuple[int, int, int, int] | None = None
-    """Left, top, right, bottom in the upright picture; None where it is drawn at every step."""
-    resize: int = 0
-    """Side in pixels to which the crop is resized, before any augmentation."""
+    """Left, top, right, bottom in the upright picture, of the largest view; None where steps decide it."""
+    sizes: tuple[tuple[int, int], ...] = ()
+    """Heights and widths in pixels of the views, before any augmentation; none where steps decide them."""
+    mask: str = ""
+    """File that says which parts count in the loss."""
     caption: str = ""
     caption_source: str = ""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +17,13 @@ import lightning.pytorch as pl
 from torch import distributed
 
 from lit_datamodules import inputs, manifest, sheet, sheet_sections
-from lit_datamodules.collating import Collator, Drawn, draw
+from lit_datamodules.buckets import Buckets
+from lit_datamodules.collating import Collator, Drawn, draw, in_batches
 from lit_datamodules.concept_folder import Concept, Sample
 from lit_datamodules.errors import DataOptionError
 from lit_datamodules.generated_sets import draw_set
 from lit_datamodules.latent_cache import LatentCache
-from lit_datamodules.order import INSTANCE, PRIOR, Mixing, Order, Slot
+from lit_datamodules.order import INSTANCE, Mixing, Order, Slot
 from lit_datamodules.protocols import Generator, ImageEncoder, TextEncoder
 from lit_datamodules.regularization import Regularization
 from lit_datamodules.resize_augmentation import LARGE_PREFIXES, SMALL_PREFIXES, CropMode
@@ -30,6 +31,7 @@ from lit_datamodules.step_loader import FixedLoader, StepLoader, WorkerStart
 from lit_datamodules.substitution import Substitution
 from lit_datamodules.tensor_store import TensorStore
 from lit_datamodules.training_view import Augmentation, Geometry
+from lit_datamodules.turns import fractions
 
 log = logging.getLogger(__name__)
 
@@ -41,16 +43,20 @@ class PersonalizationData(pl.LightningDataModule):
 
     Args:
         concepts: Learned together; each has its own folder and token.
-        resolution: Side of the training views in pixels; None takes the base's.
+        resolution: Side of the training views in pixels, or several of them, each of which shows the pictures that
+            are large enough for it; None takes the base's.
         regularization: One set or several that take turns; paired with the concepts where they are as many.
         batch_size: Instances per batch and rank. Regularization adds as many again, or its `per_batch`.
         augmentation: "custom_diffusion" resizes instances at random, with masks and prompt prefixes;
             "custom_diffusion_port" does it as the port in diffusers.
-        crop: Of pictures that are not square: "center", "random", or "squash" to a square.
+        crop: Of pictures that have not the view's shape: "center", "random", or "squash" into it.
+        buckets: Views near the pictures' own aspect ratios, of as many pixels as the resolution's square; None shows
+            squares. Each step has one shape, to which regularization pictures are cut.
         flip: Share of mirrored instance views, true for half of them.
         mixing: Of several concepts: "interleaved" in turns, "joint" by their number of pictures.
-        cache_latents: Encode every picture once; "auto" does it where views do not change. Latents are kept in memory,
-            or, of streamed sets, in `cache_dir`, without which they are not kept.
+        cache_latents: Encode every picture once; "auto" does it for pictures whose views do not change, such as those
+            for regularization. Latents are kept in memory, or, of streamed sets, in `cache_dir`, without which
+            they are not kept.
         cache_dir: Folder in which latents and text states are kept for all runs; see `litp data cache`.
         num_workers: Processes that draw views; unused where latents are cached.
         worker_start: How they are started: "fork", "spawn" or "forkserver"; None takes Python's default.
@@ -63,11 +69,12 @@ class PersonalizationData(pl.LightningDataModule):
     def __init__(
         self,
         concepts: list[Concept],
-        resolution: int | None = None,
+        resolution: int | list[int] | None = None,
         regularization: Regularization | list[Regularization] | None = None,
         batch_size: int = 1,
         augmentation: Augmentation = "none",
         crop: CropMode = "center",
+        buckets: Buckets | None = None,
         flip: bool | float = False,
         mixing: Mixing = "interleaved",
         cache_latents: bool | Literal["auto"] = "auto",
@@ -87,8 +94,14 @@ class PersonalizationData(pl.LightningDataModule):
         self.flip = 0.5 if flip is True else float(flip)
         if not 0 <= self.flip <= 1:
             raise DataOptionError(f"data.flip is a share in [0, 1], not {flip}")
+        if mixing == "joint" and any(concept.share != 1 for concept in concepts):
+            raise DataOptionError("data.mixing joint counts pictures and takes no concept's share; weigh with repeats")
         self.concepts = concepts
-        self.resolution = resolution or 512
+        sides = sorted({resolution} if isinstance(resolution, int) else set(resolution or [512]))
+        if sides[0] < 1:
+            raise DataOptionError(f"data.resolution must be a side in pixels, not {sides[0]}")
+        self.resolution, self.smaller = sides[-1], tuple(sides[:-1])
+        self.buckets = buckets
         self._wants_native_resolution = resolution is None
         self.regularization = [regularization] if isinstance(regularization, Regularization) else regularization or []
         self.batch_size = batch_size
@@ -151,17 +164,21 @@ class PersonalizationData(pl.LightningDataModule):
         self._downscale = downscale
         if self._wants_native_resolution:
             self.resolution = resolution
-        if self.resolution % downscale:
-            raise DataOptionError(
-                f"data.resolution {self.resolution} is no multiple of {downscale}, "
-                "the pixels per latent cell of this base"
-            )
+        for side in (*self.smaller, self.resolution):
+            if self.buckets is not None:
+                self.buckets.check(side, downscale)
+            elif side % downscale:
+                raise DataOptionError(
+                    f"data.resolution {side} is no multiple of {downscale}, the pixels per latent cell of this base"
+                )
 
     # ---- reading ----------------------------------------------------------------------------------
 
     @property
     def geometry(self) -> Geometry:
-        return Geometry(self.resolution, self._downscale, self.augmentation, self.crop, self.seed)
+        return Geometry(
+            self.resolution, self._downscale, self.augmentation, self.crop, self.seed, self.smaller, self.buckets
+        )
 
     @property
     def _streams(self) -> bool:
@@ -180,11 +197,8 @@ class PersonalizationData(pl.LightningDataModule):
 
     @property
     def why_not_still(self) -> str:
-        """Why latents cannot be kept; "" if they can."""
-        if self.geometry.still:
-            return ""
-        what = "augmentation resizes" if self.augmentation != "none" else "random crops move"
-        return f"{what} the pictures at every step"
+        """Why latents of instances cannot be kept; "" if they can."""
+        return self.geometry.moves(INSTANCE)
 
     def prepare_data(self) -> None:
         """Draw generated regularization sets that are not there yet; one process does it for all."""
@@ -211,13 +225,17 @@ class PersonalizationData(pl.LightningDataModule):
         self.samples, self.held_out = read.samples, read.held_out
         if self.cache_latents is True and self._images is None:
             raise DataOptionError("data.cache_latents is true, but no image encoder is bound; call bind before setup")
-        if self.cache_latents is not False and self.geometry.still and self._images is not None:
+        if self.cache_latents is not False and self._images is not None and self._keeps_something:
             if self.cache_dir is not None or not self._streams:
                 self.cache = self._filled(self._images)
                 read.samples = self.samples  # without those whose streamed pictures turned out to be damaged
                 read.check(self.concepts, self.regularization, self.strict, self.max_skipped)
         if self._expected is not None:
             self.load_state_dict(self._expected)
+
+    @property
+    def _keeps_something(self) -> bool:
+        return not all(self.geometry.moves(sample.role) for sample in self.samples)
 
     def _filled(self, images: ImageEncoder) -> LatentCache:
         store = TensorStore(self.cache_dir / "latents") if self.cache_dir else None
@@ -249,14 +267,19 @@ class PersonalizationData(pl.LightningDataModule):
     @property
     def order(self) -> Order:
         """Which sample stands where in every batch."""
-        instances = inputs.pools(self.samples, INSTANCE, [concept.repeats for concept in self.concepts])
-        priors = inputs.pools(self.samples, PRIOR, [1] * len(self.regularization))
+        repeats = [concept.repeats for concept in self.concepts]
         asked = [options.per_batch for options in self.regularization if options.per_batch is not None]
-        order = Order(self.seed, instances, priors, self.batch_size, sum(asked) or self.batch_size, self.mixing)
+        shares = [concept.share for concept in self.concepts]
+        of_sets = inputs.set_shares(self.regularization, shares)
+        order = Order(
+            self.seed, inputs.buckets_of(self.samples, self.geometry, repeats),
+            inputs.sets_of(self.samples, len(self.regularization)), self.batch_size, sum(asked) or self.batch_size,
+            self.mixing, fractions(shares), fractions(of_sets),
+        )  # fmt: skip
         if self._cursor is None:
             return order
-        first, second = self._cursor["shown"]
-        return replace(order, since=self._cursor["cursor"], shown=(first, second))
+        instances, priors = self._cursor["shown"]
+        return replace(order, since=self._cursor["cursor"], shown=(tuple(instances), priors))
 
     @property
     def steps(self) -> int:
@@ -264,7 +287,7 @@ class PersonalizationData(pl.LightningDataModule):
         if self.trainer is not None and self.trainer.max_steps > 0:
             return self.trainer.max_steps * self.trainer.accumulate_grad_batches
         ranks = self.trainer.world_size if self.trainer is not None else 1
-        return -(-sum(len(pool) for pool in self.order.instances) // (self.batch_size * ranks))
+        return sum(-(-bucket.places // (self.batch_size * ranks)) for bucket in self.order.buckets)
 
     def train_dataloader(self) -> StepLoader[Slot]:
         """Loader of this rank, resumable at every step."""
@@ -272,7 +295,7 @@ class PersonalizationData(pl.LightningDataModule):
         self._check_ranks(world_size)
         self._world_size = world_size
         slots = functools.partial(_slots, self.order, rank, world_size)
-        workers = 0 if self.cache else self.num_workers
+        workers = 0 if self.cache and not self.why_not_still else self.num_workers
         self._loader = StepLoader(slots, self._draw_function(), self.collator, self.steps, workers, self.worker_start)
         if self._cursor is not None:
             self._loader.load_state_dict(self._cursor)
@@ -296,7 +319,7 @@ class PersonalizationData(pl.LightningDataModule):
 
     def _draw_function(self) -> functools.partial[Drawn]:
         # Workers get the pictures and the geometry, but not the base.
-        return functools.partial(draw, self.samples, self.geometry, self.cache is None)
+        return functools.partial(draw, self.samples, self.geometry, self.cache.roles if self.cache else ())
 
     def batch_of_step(self, step: int) -> dict[str, Any]:
         """The mapping of one step, by itself; see the trainer's `Batch` for its fields."""
@@ -326,7 +349,7 @@ class PersonalizationData(pl.LightningDataModule):
         def batches() -> Iterator[dict[str, Any]]:
             return self.collator.still_batches(self.held_out, self.batch_size)
 
-        return FixedLoader(batches, -(-len(self.held_out) // self.batch_size))
+        return FixedLoader(batches, len(in_batches(self.held_out, self.geometry, self.batch_size)))
 
     # ---- resuming ---------------------------------------------------------------------------------
 
@@ -336,6 +359,9 @@ class PersonalizationData(pl.LightningDataModule):
             "augmentation": self.augmentation, "flip": self.flip, "mixing": self.mixing,
             "concepts.repeats": [concept.repeats for concept in self.concepts],
             "concepts.flip": [concept.flip for concept in self.concepts],
+            "concepts.share": [concept.share for concept in self.concepts],
+            "smaller": list(self.smaller), "buckets": asdict(self.buckets) if self.buckets else None,
+            "regularization.share": [options.share for options in self.regularization],
             "regularization.per_batch": [options.per_batch for options in self.regularization],
         }  # fmt: skip
 

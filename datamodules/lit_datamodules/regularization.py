@@ -28,6 +28,8 @@ class Regularization:
         generate: Number of pictures that the untouched base draws from `prompt`.
         prompt: Caption of generated pictures, and of those in a folder that have none.
         per_batch: Pictures per batch; None takes as many as there are instances.
+        share: Of several sets, how much of the pictures of a batch are this one's, such as 2 beside another's 1; None
+            takes that of the concept in the same place where there are as many, else 1.
         stream: Leave the pictures of shards where they are and read each when a step shows it: for sets that are
             larger than memory. Their headers are read at the start; damage further in is found when they are shown.
         cache: Folder in which generated sets are kept, for all runs.
@@ -39,6 +41,7 @@ class Regularization:
     generate: int = 0
     prompt: str = ""
     per_batch: int | None = None
+    share: float | None = None
     stream: bool = False
     cache: str = "regularization"
     seed: int = 0
@@ -50,6 +53,8 @@ class Regularization:
             raise DataOptionError("regularization.generate needs regularization.prompt, such as 'photo of a cat'")
         if self.stream and not self.shards:
             raise DataOptionError("regularization.stream reads pictures from shards; a folder is read at the start")
+        if self.share is not None and self.share <= 0:
+            raise DataOptionError(f"regularization.share must be above 0, not {self.share}")
         if self.per_batch is not None and self.per_batch < 1:
             raise DataOptionError(f"regularization.per_batch must be at least 1, not {self.per_batch}")
 

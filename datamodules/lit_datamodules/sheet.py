@@ -91,7 +91,8 @@ def _section(section: Section, side: int, columns: int, title_font: Font, font: 
     for row, lines_of_row, height in zip(rows, captions, heights, strict=True):
         for column, (tile, lines) in enumerate(zip(row, lines_of_row, strict=True)):
             x = GAP + column * (side + GAP)
-            block.paste(_picture(tile, side), (x, y))
+            picture = _picture(tile, side)
+            block.paste(picture, (x + (side - picture.width) // 2, y + (side - picture.height) // 2))
             draw.rectangle([(x - 1, y - 1), (x + side, y + side)], outline=(200, 200, 206))
             for n, line in enumerate(lines):
                 draw.text((x, y + side + 2 + LINE * n), line, fill=INK, font=font)
@@ -104,11 +105,12 @@ def _section(section: Section, side: int, columns: int, title_font: Font, font: 
 def _picture(tile: Tile, side: int) -> Image.Image:
     pixels = np.rint((tile.view.transpose(1, 2, 0) + 1) * 127.5).clip(0, 255).astype(np.uint8)
     # Small pictures stay what they are, pixel by pixel.
-    grow = Image.Resampling.NEAREST if pixels.shape[0] <= side // 2 else Image.Resampling.LANCZOS
-    image = Image.fromarray(pixels).resize((side, side), grow)
+    grow = Image.Resampling.NEAREST if max(pixels.shape) <= side // 2 else Image.Resampling.LANCZOS
+    height, width = (max(1, round(side * n / max(pixels.shape))) for n in pixels.shape[:2])
+    image = Image.fromarray(pixels).resize((width, height), grow)
     if tile.mask is not None and tile.mask.min() < 1:
         shade = Image.fromarray(np.rint((1 - tile.mask[0]) * 110).astype(np.uint8))
-        image.paste(Image.new("RGB", image.size, SHADE), mask=shade.resize((side, side), Image.Resampling.NEAREST))
+        image.paste(Image.new("RGB", image.size, SHADE), mask=shade.resize(image.size, Image.Resampling.NEAREST))
     return image
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from lit_datamodules.concept_folder import Concept, Sample
 from lit_datamodules.errors import DataError
-from lit_datamodules.order import Order
+from lit_datamodules.order import INSTANCE, Order
 from lit_datamodules.sheet import Section, Tile
 from lit_datamodules.training_view import Geometry, Shot, decide, mask_of, pixels_of, still
 
@@ -19,7 +20,7 @@ def tile_of(sample: Sample, shot: Shot, geometry: Geometry, note: str) -> Tile:
     try:
         pixels = pixels_of(sample, shot)
     except DataError:
-        pixels, note = np.zeros((3, geometry.size, geometry.size), np.float32), f"{note}: damaged"
+        pixels, note = np.zeros((3, *shot.view.shape), np.float32), f"{note}: damaged"
     return Tile(pixels, shot.caption, note, mask_of(sample, shot, geometry.downscale))
 
 
@@ -39,7 +40,7 @@ def training_section(
 ) -> Section:
     """The first views of a concept that training will see."""
     tiles: list[Tile] = []
-    for step in range(most * max(1, len(order.instances))):
+    for step in range(most * max(1, len(order.buckets) * len(order.buckets[0].pools))):
         for slot in order.batch(step):
             sample = samples[slot.sample]
             if sample.role == 0 and sample.concept == concept and len(tiles) < most:
@@ -62,11 +63,13 @@ def sections(
     """Sections of the sheet: one or two per concept, one per regularization set, one of held-out pictures."""
     for index, concept in enumerate(concepts):
         mine = [s for s in samples if s.role == 0 and s.concept == index]
-        size = f"{geometry.size} x {geometry.size} pixels, crop: {geometry.crop}"
-        explanation = f"{len(mine)} pictures of {concept.path}, {size}"
+        shapes = Counter(shape for sample in mine for shape in geometry.shapes(sample))
+        many = len(shapes) > 1
+        sizes = ", ".join(f"{w} x {h}" + f" ({n})" * many for (h, w), n in sorted(shapes.items()))
+        explanation = f"{len(mine)} pictures of {concept.path}; pixels: {sizes}; crop: {geometry.crop}"
         yield picture_section(f"Concept {index}: {concept.title}", explanation, mine, geometry, most)
         mirrored = any(s.flip for s in mine)
-        if not geometry.still or mirrored or any(len(s.captions) > 1 for s in mine):
+        if many or geometry.moves(INSTANCE) or mirrored or any(len(s.captions) > 1 for s in mine):
             yield training_section(f"Concept {index} in training", index, samples, order, geometry, most)
     for index in sorted({s.concept for s in samples if s.role != 0}):
         mine = [s for s in samples if s.role != 0 and s.concept == index]

@@ -6,11 +6,12 @@ option on does not change the draws of another.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
+from lit_datamodules.buckets import Buckets, Shape, shapes_of
 from lit_datamodules.concept_folder import Sample
 from lit_datamodules.order import INSTANCE, Slot, counter_rng
 from lit_datamodules.resize_augmentation import (
@@ -32,11 +33,13 @@ class Geometry:
     """Options of a data module that decide views.
 
     Args:
-        size: Side of a view in pixels.
+        size: Side of a square view in pixels; the largest of several resolutions.
         downscale: Pixels per latent cell.
         augmentation: Of instances; regularization pictures are never augmented.
         crop: Of pictures that are not square.
         seed: Of all draws.
+        resolutions: Smaller sides in which pictures are shown, too.
+        buckets: Shapes near the pictures' own instead of squares.
     """
 
     size: int
@@ -44,11 +47,18 @@ class Geometry:
     augmentation: Augmentation = "none"
     crop: CropMode = "center"
     seed: int = 0
+    resolutions: tuple[int, ...] = ()
+    buckets: Buckets | None = None
 
-    @property
-    def still(self) -> bool:
-        """Whether a picture always gives the same view, but for mirroring."""
-        return self.augmentation == "none" and self.crop != "random"
+    def shapes(self, sample: Sample) -> tuple[Shape, ...]:
+        """Heights and widths of the views in which a sample is shown as an instance, smallest first."""
+        return shapes_of(sample.original, (*self.resolutions, self.size), self.buckets)
+
+    def moves(self, role: int) -> str:
+        """Why the pictures of a role look different at every step (but for mirroring); "" if they do not."""
+        if self.augmentation != "none" and role == INSTANCE:
+            return "augmentation resizes the pictures at every step"
+        return "random crops move the pictures at every step" if self.crop == "random" else ""
 
 
 @dataclass(frozen=True)
@@ -69,38 +79,34 @@ def decide(sample: Sample, slot: Slot, geometry: Geometry) -> Shot:
     def rng(purpose: str) -> np.random.Generator:
         return counter_rng(geometry.seed, purpose, slot.step, slot.position)
 
-    view = plain_view(geometry.size)
+    view = plain_view(slot.shape)
     if geometry.augmentation != "none" and sample.role == INSTANCE:
         variant: Literal["paper", "port"] = "port" if geometry.augmentation == "custom_diffusion_port" else "paper"
-        view = custom_diffusion_view(rng("resize"), geometry.size, variant)
+        view = custom_diffusion_view(rng("resize"), slot.shape, variant)
     flip = bool(sample.flip) and rng("flip").random() < sample.flip
     caption = sample.captions[int(rng("caption").integers(len(sample.captions)))]
     return _shot(sample, view, flip, caption, geometry, rng("crop"))
 
 
-def still(sample: Sample, geometry: Geometry, flip: bool = False) -> Shot:
-    """The view without chance: centred (or squashed), not augmented, with the first caption."""
+def still(sample: Sample, geometry: Geometry, flip: bool = False, shape: Shape | None = None) -> Shot:
+    """The view without chance: centred (or squashed), not augmented, with the first caption; by default its largest."""
     crop: CropMode = "center" if geometry.crop == "random" else geometry.crop
-    steady = Geometry(geometry.size, geometry.downscale, "none", crop, geometry.seed)
-    return _shot(sample, plain_view(geometry.size), flip, sample.captions[0], steady, None)
+    steady = replace(geometry, augmentation="none", crop=crop)
+    return _shot(sample, plain_view(shape or geometry.shapes(sample)[-1]), flip, sample.captions[0], steady, None)
 
 
 def _shot(
     sample: Sample, view: View, flip: bool, caption: str, geometry: Geometry, rng: np.random.Generator | None
 ) -> Shot:
-    height, width = sample.size
-    box = crop_box(height, width, geometry.crop, rng)
-    placed = View(view.size, view.scaled, view.top, view.left, view.prefix, flip, view.pasted)
-    zoomed = view.scaled > view.size
-    top = box[1] * view.scaled / (box[3] - box[1]) + (view.top if zoomed else 0)
-    left = box[0] * view.scaled / (box[2] - box[0]) + (view.left if zoomed else 0)
-    size = float(geometry.size)
-    time_ids = (float(sample.original[0]), float(sample.original[1]), float(round(top)), float(round(left)), size, size)
-    return Shot(placed, box, view.prefix + caption, time_ids)
+    box = crop_box(sample.size, view.shape, geometry.crop, rng)
+    top = round(box[1] * view.scaled[0] / (box[3] - box[1]) + (view.top if view.zoomed else 0))
+    left = round(box[0] * view.scaled[1] / (box[2] - box[0]) + (view.left if view.zoomed else 0))
+    first, second, third, fourth, fifth, sixth = map(float, (*sample.original, top, left, *view.shape))
+    return Shot(replace(view, flip=flip), box, view.prefix + caption, (first, second, third, fourth, fifth, sixth))
 
 
 def pixels_of(sample: Sample, shot: Shot) -> np.ndarray:
-    """fp32 `[3, S, S]` in [-1, 1]."""
+    """fp32 `[3, H, W]` in [-1, 1]."""
     return apply_view(sample.pixels, shot.view, shot.box)
 
 

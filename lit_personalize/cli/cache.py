@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
     from lit_personalize.errors import UsageError
     from lit_personalize.fitting import bind_data, name_initial_words
 
-    parser, config = parse([part for given in options.config for part in ("-c", given)])
+    parser, config = parse([part for given in options.config for part in ("-c", given)] + ["--name", "cache"])
     built = instantiate(parser, config)
     data: Any = built.data
     data.cache_dir = options.dir or data.cache_dir
@@ -44,6 +44,8 @@ def main(arguments: list[str]) -> int:
         report["latents"] = f"not kept: {data.why_not_still or 'data.cache_latents is false'}"
     else:
         report["latents"] = {"known": data.cache.hits, "encoded": len(data.cache.encoded)}
+        if data.why_not_still:
+            report["latents of instances"] = f"not kept: {data.why_not_still}"
     if built.model.trains_text:
         report["text states"] = "not kept: an adapter trains the text side, and changes them at every step"
     else:

@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
     from lit_personalize.configuration import instantiate, parse
 
     given = [part for config in options.config for part in ("-c", config)]
-    parser_, config = parse(given)
+    parser_, config = parse([*given, "--name", "data"])  # a configuration without a name has data, too
     model = config["model"].init_args
     del config["model"]  # reading pictures needs no weights
     data = instantiate(parser_, config).data

@@ -42,7 +42,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_encoder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", action="append", required=True, help="'laion/{00000..00331}.tar'; may be repeated")
-    parser.add_argument("--clip", required=True, help="directory of the CLIPModel that compares, or tinyworld")
+    encoder = parser.add_mutually_exclusive_group(required=True)
+    encoder.add_argument("--clip", help="directory of the CLIPModel that compares, or tinyworld")
+    encoder.add_argument("--text-encoder", help="instead: of a bare CLIPTextModel, whose pooled states are compared; "
+                         "their cosines are on another scale, so rather use --percentile")  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=256, help="captions embedded at once")
     add_device(parser)
     add_json(parser)
@@ -50,9 +53,11 @@ def _add_encoder(parser: argparse.ArgumentParser) -> None:
 
 def _encoder(options: argparse.Namespace) -> Any:
     from lit_personalize.devices import device_of
-    from lit_personalize.metrics.caption_encoder import CaptionEncoder
+    from lit_personalize.metrics.caption_encoder import CaptionEncoder, PooledEncoder
     from lit_personalize.metrics.features import clip_directory
 
+    if options.text_encoder:
+        return PooledEncoder(options.text_encoder, device_of(options.device))
     folder = clip_directory(None, "tinyworld") if options.clip == "tinyworld" else Path(options.clip)
     return CaptionEncoder(folder, device_of(options.device))
 

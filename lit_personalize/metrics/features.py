@@ -36,14 +36,24 @@ def clip_directory(path: str | Path | None, base: str) -> Path:
     )
 
 
-def _directory(path: str | Path, what: str) -> Path:
+def directory(path: str | Path, what: str, config: str = "config") -> Path:
+    """A local directory with a `config` file in it.
+
+    Raises:
+        DataError: It has none.
+    """
     folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise DataError(f"{what} directory {folder} has no config.json; give a local transformers model directory")
+    if not (folder / f"{config}.json").is_file():
+        raise DataError(f"{what} directory {folder} has no {config}.json; give a local transformers directory")
     return folder
 
 
-def _load(kind: Any, folder: Path, **options: Any) -> Any:
+def load_local(kind: Any, folder: Path, **options: Any) -> Any:
+    """`kind.from_pretrained` without the network.
+
+    Raises:
+        DataError: The directory holds something else.
+    """
     try:
         return kind.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, ValueError) as error:
@@ -61,10 +71,10 @@ class Clip:
     def __init__(self, path: str | Path, batch: int = 64, device: str | torch.device = "cpu"):
         from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
 
-        folder = _directory(path, "CLIP")
-        self.model = _load(CLIPModel, folder, dtype=torch.float32).eval().to(device)
-        self.processor = _load(AutoImageProcessor, folder)
-        self.tokenizer = _load(CLIPTokenizer, folder)
+        folder = directory(path, "CLIP")
+        self.model = load_local(CLIPModel, folder, dtype=torch.float32).eval().to(device)
+        self.processor = load_local(AutoImageProcessor, folder)
+        self.tokenizer = load_local(CLIPTokenizer, folder)
         self.batch = batch
         self.name = folder.name
 
@@ -93,9 +103,9 @@ class Dino:
     def __init__(self, path: str | Path, batch: int = 64, device: str | torch.device = "cpu"):
         from transformers import AutoImageProcessor, AutoModel
 
-        folder = _directory(path, "ViT")
-        self.model = _load(AutoModel, folder, dtype=torch.float32).eval().to(device)
-        self.processor = _load(AutoImageProcessor, folder)
+        folder = directory(path, "ViT")
+        self.model = load_local(AutoModel, folder, dtype=torch.float32).eval().to(device)
+        self.processor = load_local(AutoImageProcessor, folder)
         self.batch = batch
         self.name = folder.name
 

@@ -81,10 +81,10 @@ class Denoising(Objective):
 
     def latents(self, batch: Batch, step: int) -> Tensor:
         """A draw from the VAE posterior, scaled for the UNet: `[B, C, h, w]`."""
+        parts = [] if batch.pixels is None else [self.built.encode_pixels(batch.pixels)]
         if batch.latent_mean is not None and batch.latent_std is not None:
-            mean, std = batch.latent_mean, batch.latent_std
-        else:
-            mean, std = self.built.encode_pixels(cast(Tensor, batch.pixels))
+            parts.append((batch.latent_mean, batch.latent_std))
+        mean, std = (torch.cat(values) if len(values) > 1 else values[0] for values in zip(*parts, strict=True))
         return self.built.scale_latents(mean + std * self.noise("vae", mean.shape[1:], batch, step))
 
     def draw_timesteps(self, batch: Batch, step: int) -> Tensor:

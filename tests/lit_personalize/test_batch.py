@@ -39,10 +39,12 @@ def test_a_batch_moves_as_a_whole() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pixels": None}, "either pixels or latent_mean"),
-        ({"latent_mean": torch.zeros(2, 4, 4, 4), "latent_std": torch.zeros(2, 4, 4, 4)}, "either pixels"),
+        ({"pixels": None}, "has pixels, or latent_mean"),
+        ({"latent_mean": torch.zeros(2, 4, 4, 4), "latent_std": torch.zeros(2, 4, 4, 4)}, "latent_mean has 2 .* not 0"),
+        ({"pixels": torch.zeros(1, 3, 8, 8)}, "pixels has 1 samples, not 2"),
+        ({"latent_mean": torch.zeros(2, 4, 4, 4)}, "come together"),
         ({"input_ids": None}, "either input_ids or text_states"),
-        ({"sample_id": ["a"]}, "sample_id has 1 samples, role has 2"),
+        ({"sample_id": ["a"]}, "sample_id has 1 samples, not 2"),
         ({"colour": 1}, "unknown batch fields"),
         ({"role": None}, "missing batch fields"),
     ],

@@ -51,7 +51,8 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 def test_batch_of_the_custom_diffusion_recipe(base: Any, folder: Write, shards: Write) -> None:
     concepts = [Concept(str(folder("a")), "cat", "<new1>"), Concept(str(folder("b", 3, 9)), "toy", "<new2>")]
     sets = Regularization(shards=str(shards() / "{00000..00001}.tar"))
-    data = ready(base, *concepts, regularization=sets, batch_size=4, augmentation="custom_diffusion", flip=True)
+    options = {"augmentation": "custom_diffusion", "flip": True, "cache_latents": False}
+    data = ready(base, *concepts, regularization=sets, batch_size=4, **options)
     prefixes = set()
     for step in range(12):
         batch = Batch.of(data.batch_of_step(step))
@@ -125,6 +126,22 @@ def test_cache_is_refused_where_views_move(base: Any, folder: Write, options: di
     assert ready(base, concept, cache_latents="auto", **options).cache is None
 
 
+def test_posteriors_of_regularization_pictures_are_kept_where_instances_move(base: Any, folder: Write) -> None:
+    concept = Concept(str(folder()), "cat", "<new1>")
+    reg = Regularization(folder=str(folder("reg", 3, 8)), prompt="a cat")
+    options = {"regularization": reg, "augmentation": "custom_diffusion"}
+    cached, plain = ready(base, concept, **options), ready(base, concept, **options, cache_latents=False)
+    assert cached.cache is not None and len(cached.cache) == 3
+    for step in range(4):
+        mixed, pixels = Batch.of(cached.batch_of_step(step)), Batch.of(plain.batch_of_step(step))
+        assert mixed.pixels is not None and pixels.pixels is not None and mixed.sample_id == pixels.sample_id
+        assert torch.equal(mixed.pixels, pixels.pixels[:2]) and mixed.latent_mean is not None
+        mean, std = base.encode_pixels(pixels.pixels[2:])
+        torch.testing.assert_close(mixed.latent_mean, mean, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(mixed.latent_std, std, atol=1e-5, rtol=1e-4)
+    assert ready(base, concept, **options, crop="random").cache is None
+
+
 def test_time_ids_tell_size_and_crop(folder: Write, tmp_path: Path) -> None:
     """A 200x100 picture (width x height), centre-cropped to 32: half a square is cut off at the left."""
 
@@ -196,11 +213,11 @@ def test_manifest_has_each_file_once(base: Any, folder: Write, shards: Write, tm
     assert [Path(p).name for p in files if fates[p]["fate"] == "skipped"] == ["00002.png"]
     used = fates[str(photos / "00000.png")]
     assert used["caption"] == " ".join((photos / "00000.txt").read_text().split())
-    assert (used["caption_source"], used["width"], used["crop"], used["resize"]) == (
+    assert (used["caption_source"], used["width"], used["crop"], used["sizes"]) == (
         "00000.txt",
         64,
         [0, 0, 64, 64],
-        32,
+        [[32, 32]],
     )
     assert re.fullmatch("[0-9a-f]{64}", used["sha256"])
     assert fates[str(photos / "00001.png")]["caption_source"] == "prompt"

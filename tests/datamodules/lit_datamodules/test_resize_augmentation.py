@@ -25,25 +25,26 @@ SIZES = [(512, 8), (64, 4), (32, 2), (64, 8), (1024, 8)]
 
 
 def views(size: int, variant: Variant = "paper", count: int = 3000) -> list[View]:
-    return [custom_diffusion_view(counter_rng("test", i), size, variant) for i in range(count)]
+    return [custom_diffusion_view(counter_rng("test", i), (size, size), variant) for i in range(count)]
 
 
 @pytest.mark.parametrize(("size", "downscale"), SIZES)
 def test_prefix_names_the_scale(size: int, downscale: int) -> None:
     for view in views(size, count=1000):
-        assert view.scaled % 2 == 0
-        assert size // 3 <= view.scaled <= 1.4 * size
-        assert not size < view.scaled < 1.2 * size - 1, "scales between 1 and 1.2 never occur"
-        assert (view.prefix in SMALL_PREFIXES) == (view.scaled < 0.6 * size) == view.pasted
-        assert (view.prefix in LARGE_PREFIXES) == (view.scaled > size)
+        side, other = view.scaled
+        assert side == other and side % 2 == 0
+        assert size // 3 <= side <= 1.4 * size
+        assert not size < side < 1.2 * size - 1, "scales between 1 and 1.2 never occur"
+        assert (view.prefix in SMALL_PREFIXES) == (side < 0.6 * size) == view.pasted
+        assert (view.prefix in LARGE_PREFIXES) == (side > size)
         if not view.prefix:
-            assert view == plain_view(size), "from 0.6 to 1 the picture is shown at full size"
+            assert view == plain_view((size, size)), "from 0.6 to 1 the picture is shown at full size"
 
 
 def test_port_pastes_middle_scales_without_prefix() -> None:
-    middle = [v for v in views(512, "port") if 0.6 * 512 <= v.scaled <= 512]
+    middle = [v for v in views(512, "port") if 0.6 * 512 <= v.scaled[0] <= 512]
     assert middle and all(v.pasted and not v.prefix for v in middle)
-    assert any(v.scaled < 500 for v in middle)
+    assert any(v.scaled[0] < 500 for v in middle)
     assert {v.prefix for v in views(512, "port")} == {"", *SMALL_PREFIXES, *LARGE_PREFIXES}
 
 
@@ -75,7 +76,7 @@ def test_mask_lies_inside_the_picture(size: int, downscale: int) -> None:
 
 
 def test_mask_of_a_known_view() -> None:
-    mask = latent_mask(View(64, 24, top=8, left=20, pasted=True), 4)
+    mask = latent_mask(View((64, 64), (24, 24), top=8, left=20, pasted=True), 4)
     expected = np.zeros((1, 16, 16), dtype=np.float32)
     expected[0, 3:7, 6:10] = 1
     np.testing.assert_array_equal(mask, expected)
@@ -95,7 +96,7 @@ def test_pasted_pixels_are_in_the_box_and_grey_around() -> None:
 def test_enlarged_view_is_a_crop_of_the_enlarged_picture() -> None:
     ramp = np.zeros((64, 64, 3), dtype=np.uint8)
     ramp[..., 0], ramp[..., 1] = np.arange(64) * 4, (np.arange(64) * 4)[:, None]
-    view = View(64, 88, top=20, left=4)
+    view = View((64, 64), (88, 88), top=20, left=4)
     pixels = (apply_view(ramp, view) + 1) * 127.5
     expected = np.arange(64)
     np.testing.assert_allclose(pixels[0, 30], ((expected + 4.5) * 64 / 88 - 0.5) * 4, atol=3)
@@ -104,28 +105,28 @@ def test_enlarged_view_is_a_crop_of_the_enlarged_picture() -> None:
 
 def test_plain_view_is_the_picture_and_flip_its_mirror() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    view = apply_view(picture, plain_view(32))
+    view = apply_view(picture, plain_view((32, 32)))
     np.testing.assert_array_equal(np.rint((view + 1) * 127.5).astype(np.uint8), picture.transpose(2, 0, 1))
-    np.testing.assert_array_equal(apply_view(picture, plain_view(32, flip=True)), view[:, :, ::-1])
+    np.testing.assert_array_equal(apply_view(picture, plain_view((32, 32), flip=True)), view[:, :, ::-1])
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 100), (100, 40), (64, 64)])
 def test_crops(height: int, width: int) -> None:
-    left, top, right, bottom = crop_box(height, width, "center")
+    left, top, right, bottom = crop_box((height, width), (64, 64), "center")
     assert right - left == bottom - top == min(height, width)
     assert abs(left - (width - right)) <= 1 and abs(top - (height - bottom)) <= 1
-    assert crop_box(height, width, "squash") == (0, 0, width, height)
-    boxes = {crop_box(height, width, "random", counter_rng(i)) for i in range(100)}
+    assert crop_box((height, width), (64, 64), "squash") == (0, 0, width, height)
+    boxes = {crop_box((height, width), (64, 64), "random", counter_rng(i)) for i in range(100)}
     assert all(0 <= x0 and 0 <= y0 and x1 <= width and y1 <= height and x1 - x0 == y1 - y0 for x0, y0, x1, y1 in boxes)
     assert (len(boxes) > 20) == (height != width)
     with pytest.raises(ValueError, match="generator"):
-        crop_box(height, width, "random")
+        crop_box((height, width), (64, 64), "random")
 
 
 def test_alpha_goes_the_same_way_as_the_pixels() -> None:
     alpha = np.zeros((64, 64), dtype=np.uint8)
     alpha[:, :32] = 255
-    np.testing.assert_array_equal(apply_view_to_alpha(alpha, plain_view(64), 4)[0, :, :7], 1)
-    np.testing.assert_array_equal(apply_view_to_alpha(alpha, plain_view(64, flip=True), 4)[0, :, :7], 0)
-    small = apply_view_to_alpha(alpha, View(64, 32, top=16, left=0, pasted=True), 4)
+    np.testing.assert_array_equal(apply_view_to_alpha(alpha, plain_view((64, 64)), 4)[0, :, :7], 1)
+    np.testing.assert_array_equal(apply_view_to_alpha(alpha, plain_view((64, 64), flip=True), 4)[0, :, :7], 0)
+    small = apply_view_to_alpha(alpha, View((64, 64), (32, 32), top=16, left=0, pasted=True), 4)
     assert small[0, 5:11, 0:3].min() == 1 and small[0, :3].max() == 0 and small[0, :, 5:].max() == 0

@@ -158,7 +158,7 @@ def test_damage_that_shows_late_is_named_or_counted(make: Make, workers: int) ->
     [skipped] = [record for record in tolerant.records if record.fate == "skipped"]
     assert skipped.path.endswith(f"00001.tar:{key}") and "is damaged: its sha256" in skipped.reason
     resumed = make(strict=False, max_skipped=1)
-    cursor = {"cursor": 9, "in_epoch": 9, "world_size": 1, "shown": [9, 18]}
+    cursor = {"cursor": 9, "in_epoch": 9, "world_size": 1, "shown": [[9], 18]}
     resumed.load_state_dict({**tolerant.state_dict(), "cursor": cursor})
     assert [b["sample_id"] for b in resumed.train_dataloader()] == ids[9:]
 

@@ -15,7 +15,6 @@ from lit_personalize.cli.main import main
 from lit_personalize.errors import DataError
 
 RUN = """\
-name: run
 model: {class_path: Denoising, init_args: {base: BASE, adapters: [{class_path: LoRA}]}}
 data:
   class_path: PersonalizationData
@@ -50,7 +49,7 @@ def test_check_cuts_pictures_to_the_side_of_the_base(
     (workplace / "run.yaml").write_text(RUN.replace("BASE", base).replace("RESOLUTION", "null"))
     assert main(["data", "check", "-c", "run.yaml"]) == 0
     records = [json.loads(line) for line in (workplace / "manifest.jsonl").read_text().splitlines()]
-    assert {record["resize"] for record in records if record["role"] == "concept"} == {side}
+    assert [record["sizes"] for record in records if record["role"] == "concept"] == [[[side, side]]] * 3
     assert ("nowhere" in caplog.text) == (base == "nowhere")
 
 

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from lit_datamodules.shard_sets import read_shards
-from lit_datamodules.tar_index import index_tar
+from lit_datamodules.tar_index import index_tar, read_member
 from lit_personalize.cli.main import main
+from lit_personalize.tinyworld.build import committed_weights
 from lit_personalize.tinyworld.dataset import sample_pictures, write_folder, write_shards
 
 
@@ -128,6 +131,41 @@ def test_wrong_input_is_one_sentence(
     assert main([*command, "-o", str(tmp_path / "out"), *more]) == code
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("litp data: ") and said in last
+
+
+def test_a_bare_text_encoder_on_request(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ranked by the pooled state of the end token, which stock `CLIPTextModel` gives for captions padded to the end."""
+    base = committed_weights() / "base"
+    asked = command[: command.index("--clip")]
+    query = ["--query", "photo of a critter", "--n", "5", "--near-duplicates", "0", "-o", str(tmp_path / "reg")]
+    assert main([*asked, "--text-encoder", str(base / "text_encoder"), *query]) == 0
+    model = CLIPTextModel.from_pretrained(base / "text_encoder", dtype=torch.float32)
+    tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
+
+    def pooled(texts: list[str]) -> torch.Tensor:
+        tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+        return torch.nn.functional.normalize(model(**tokens).pooler_output, dim=1)
+
+    captions = [c for n in range(4) for s in read_shards(0, str(tmp_path / f"laion/{n:05d}.tar"), 64).samples
+                for c in s.captions]  # fmt: skip
+    with torch.no_grad():
+        cosines = (pooled(captions) @ pooled(["photo of a critter"]).T)[:, 0]
+    packed = tmp_path / "reg/00000.tar"
+    kept = [json.loads(read_member(packed, entry.members["json"])) for entry in index_tar(packed).entries]
+    ours = sorted((value for row in kept for value in row["similarity"].values()), reverse=True)
+    assert ours == pytest.approx(sorted(cosines.tolist(), reverse=True)[:5], abs=1e-4)
+    mine = tmp_path / "mine.png"
+    Image.new("RGB", (9, 9)).save(mine)
+    capsys.readouterr()
+    for folder, more, code, said in (
+        (base / "text_encoder", ["--image", str(mine)], 2, f"a text encoder alone cannot embed the picture {mine}"),
+        (committed_weights() / "clip", query[:2], 3, "is no bare text encoder; give a whole CLIP as --clip"),
+        (tmp_path, query[:2], 3, "has no config.json"),
+    ):
+        assert main([*asked, "--text-encoder", str(folder), "-o", str(tmp_path / "x"), *more]) == code
+        assert said in capsys.readouterr().err
 
 
 def test_a_task_that_does_not_exist(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

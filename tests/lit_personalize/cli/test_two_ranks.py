@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 from lit_datamodules.manifest import sha256_of
-from lit_datamodules.order import Order
+from lit_datamodules.personalization import Concept, PersonalizationData, Regularization
 from lit_datamodules.shard_writer import MANIFEST
 from lit_datamodules.shard_writer import write_shards as write_hashed_shards
 from lit_datamodules.tar_index import index_tar
@@ -180,9 +180,11 @@ def test_two_ranks_killed_and_continued(
 def test_an_error_of_one_rank_is_that_of_the_command(place: Path) -> None:
     """A streamed picture, which rank 1 is the first to be shown, turns out to be damaged."""
     shards = write_hashed(sample_pictures(PICTURES, 3, kind="object"), place / "stream")
-    order = Order(0, ((0, 1, 2),), (tuple(range(PICTURES)),), 1, 1)
-    number = order.batch(2, rank=1, world_size=2)[1].sample
-    entry = index_tar(shards).entries[number]
+    sets = Regularization(shards=str(shards), stream=True)
+    data = PersonalizationData([Concept("photos", "cat", "<new1>")], 32, sets, augmentation="custom_diffusion")
+    data.setup("fit")
+    name = data.samples[data.order.batch(2, rank=1, world_size=2)[1].sample].name
+    entry = next(e for e in index_tar(shards).entries if name.endswith(f":{e.key}"))
     with shards.open("r+b") as file:
         file.seek(entry.members["png"].offset + entry.members["png"].size // 2)
         file.write(b"damage")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,15 @@ def test_joint_gradient_is_the_sum_of_two_passes(tiny_bases: dict[str, Path], ma
     prior = torch.autograd.grad(per_sample[2:].mean(), list(parameters.values()))
     for name, a, b in zip(parameters, instance, prior, strict=True):
         torch.testing.assert_close(joint[name], a + 0.7 * b, atol=1e-7, rtol=1e-4)
+
+
+def test_posteriors_may_stand_behind_pixels(tiny_bases: dict[str, Path], make_batch: MakeBatch) -> None:
+    objective = _built(PriorPreservation, tiny_bases["sd1"])
+    batch = _pair(objective, make_batch)
+    assert batch.pixels is not None
+    mean, std = objective.built.encode_pixels(batch.pixels[2:])
+    mixed = replace(batch, pixels=batch.pixels[:2], latent_mean=mean, latent_std=std)
+    torch.testing.assert_close(objective.loss(mixed, 3).per_sample, objective.loss(batch, 3).per_sample)
 
 
 def test_samples_do_not_depend_on_their_neighbours(tiny_bases: dict[str, Path], make_batch: MakeBatch) -> None:
