@@ -72,7 +72,7 @@ def start(launcher: tuple[str, ...], *arguments: str) -> tuple[int, str, str]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(given, env=env, text=True, start_new_session=True, **pipes) as process:  # type: ignore[call-overload]
         try:
-            out, err = process.communicate(timeout=200)
+            out, err = process.communicate(timeout=240)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -129,7 +129,7 @@ def place(tiny_bases: dict[str, Path], workplace: Path) -> Path:
     return workplace
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_two_ranks_killed_and_continued(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
