@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from lit_personalize.tinyworld.dataset import sample_pictures, write_shards
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "slurm/lit_slurm/templates/retrieve.sbatch"
 HOLDERS = ["", "kernels", "datamodules", "callbacks", "slurm"]
-SHARDS, TASKS = 32, 4
+SHARDS, TASKS = 16, 2
+WAIT = 400  # seconds for an array or a merge
 GIVEN = ["--query", "a red star on a beach", "--shards", "laion/*.tar", "--clip", "tinyworld", "--n", "20",
          "--batch-size", "8"]  # fmt: skip
 
@@ -28,8 +30,8 @@ def slurm(*command: str) -> str:
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A running Slurm, whose jobs find this `litp`; two threads, as the script asks for."""
+def submit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Submit an array, or what depends on one, to a running Slurm whose jobs find this `litp`; gives its number."""
     if shutil.which("sbatch") is None or subprocess.run(["squeue"], capture_output=True, timeout=60).returncode:
         pytest.skip("no Slurm controller answers here")
     program = tmp_path / "bin/litp"
@@ -38,18 +40,22 @@ def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", ":".join(str(ROOT / holder) for holder in HOLDERS))
+    jobs: list[str] = []
+
+    def submit(out: str, dependency: str = "") -> str:
+        how = [f"--dependency=afterok:{dependency}"] if dependency else [f"--array=0-{TASKS - 1}"]
+        jobs.append(slurm("sbatch", "--parsable", *how, str(SCRIPT), *GIVEN, "-o", out))
+        return jobs[-1]
+
+    yield submit
+    subprocess.run(["scancel", *jobs], capture_output=True, timeout=60)  # what a failure leaves
 
 
 def wait(job: str) -> None:
-    until = time.monotonic() + 240
+    until = time.monotonic() + WAIT
     while slurm("squeue", "--noheader", "--jobs", job):
         assert time.monotonic() < until, slurm("squeue", "--jobs", job)
         time.sleep(0.2)
-
-
-def submit(out: str, dependency: str = "") -> str:
-    how = [f"--dependency=afterok:{dependency}"] if dependency else [f"--array=0-{TASKS - 1}"]
-    return slurm("sbatch", "--parsable", *how, str(SCRIPT), *GIVEN, "-o", out)
 
 
 def hashes(folder: str) -> dict[str, str]:
@@ -57,8 +63,10 @@ def hashes(folder: str) -> dict[str, str]:
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(600)
-def test_an_array_gives_the_bytes_of_one_task(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.timeout(900)
+def test_an_array_gives_the_bytes_of_one_task(
+    submit: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     write_shards(sample_pictures(SHARDS * 30, 5), Path("laion"), per_shard=30)
     assert main(["data", "retrieve", *GIVEN, "-o", "one"]) == 0
