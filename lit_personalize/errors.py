@@ -35,3 +35,11 @@ class RunLockedError(LitpError):
     """Another process owns the run directory."""
 
     exit_code = 2
+
+
+class RankLostError(LitpError):
+    """Another rank of the training ended; `exit_code` is its own where that is known, else 1."""
+
+    def __init__(self, exit_code: int = 1):
+        super().__init__("another rank ended: its message says why; the same command continues")
+        self.exit_code = exit_code

@@ -14,6 +14,7 @@ import logging
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -33,6 +34,7 @@ from lit_personalize.export.exporter import Exported, export
 from lit_personalize.export.verify import verify
 from lit_personalize.metrics.features import clip_directory
 from lit_personalize.objectives.denoising import Denoising
+from lit_personalize.ranks import is_rank_zero
 from lit_personalize.run_directory import RunDirectory
 from lit_personalize.run_loggers import loggers_of
 from lit_personalize.sampling.sampler import SamplingOptions, generate
@@ -50,7 +52,7 @@ def fit(arguments: Sequence[str]) -> RunDirectory:
     """
     parser, config = parse(arguments)
     run = RunDirectory(config.root, config.name).create()
-    with run.lock():
+    with run.lock() if is_rank_zero() else nullcontext():
         # The parser writes what it resolved, so that the file alone repeats the run.
         resolved = parser.dump(config.clone(), skip_validation=True)
         if config.resume != "never" and (step := run.finished_at(resolved)) is not None:
@@ -59,9 +61,10 @@ def fit(arguments: Sequence[str]) -> RunDirectory:
         built = instantiate(parser, config)
         name_initial_words(built)
         finished = train(built, run, resolved)
-        export_run(built, run)
-        if finished:
-            run.mark_finished(resolved)
+        if is_rank_zero():
+            export_run(built, run)
+            if finished:
+                run.mark_finished(resolved)
     return run
 
 
@@ -142,7 +145,7 @@ def build_trainer(built: Namespace, run: RunDirectory, resumed_at: int = 0) -> p
     options["callbacks"] = callbacks_of(built, run)
     if options.get("logger") is None:
         options["logger"] = loggers_of(run.path, resumed_at)
-    if "SLURM_NTASKS" in os.environ and not options.get("plugins"):
+    if "SLURM_NTASKS" in os.environ and "RANK" not in os.environ and not options.get("plugins"):  # not torchrun's
         from lightning.pytorch.plugins.environments import SLURMEnvironment
 
         # Preemption is handled by a flag at the step boundary, not inside a signal handler.
@@ -181,13 +184,13 @@ def prepare_data(built: Namespace, run: RunDirectory) -> None:
         data.prepare_data()
         data.setup("fit")
     finally:
-        if hasattr(data, "write_manifest"):
+        if hasattr(data, "write_manifest") and is_rank_zero():
             data.write_manifest(run.manifest)
     preflight.check(objective, data)
     if getattr(data, "text_store", None) is not None and not objective.trains_text:
         known, encoded = objective.keep_states(data.captions, data.text_store)
         log.info("text states of %d captions, %d of them were known", known + encoded, known)
-    if hasattr(data, "write_sheet"):
+    if hasattr(data, "write_sheet") and is_rank_zero():
         data.write_sheet(run.sheet)
 
 
@@ -200,6 +203,7 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> bool:
     Returns:
         Whether the training is at its end, and not only out of the time that `trainer.max_time` gave it.
     """
+    from lit_callbacks.other_ranks import OtherRanks
     from lit_callbacks.run_checkpoint import RunCheckpoint
 
     found = checkpoints.find_complete(run.checkpoints)
@@ -209,7 +213,7 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> bool:
         raise UsageError(f"{run.path} already has a checkpoint of step {found.step}; use resume: auto or another name")
     if not found and built.resume == "must":
         raise UsageError(f"{run.path} has no complete checkpoint to resume from")
-    record = functools.cache(functools.partial(run.write_record, resolved))
+    record = functools.cache(functools.partial(run.write_record, resolved) if is_rank_zero() else lambda: None)
     steps = built.trainer.max_steps
     if found and 0 <= steps <= found.step:  # -1 is a run of epochs, which Lightning counts
         log.info("run %s has finished its %d steps", run.name, steps)
@@ -224,7 +228,8 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> bool:
     _quiet_lightning()
     trainer = build_trainer(built, run, found.step if found else 0)
     # Only here is the checkpoint read, and found to fit or not.
-    trainer.callbacks.append(LambdaCallback(on_train_start=lambda *_: record()))  # type: ignore[attr-defined]
+    others = OtherRanks()
+    trainer.callbacks += [LambdaCallback(on_train_start=lambda *_: record()), others]  # type: ignore[attr-defined]
     keeper = next(c for c in trainer.callbacks if isinstance(c, RunCheckpoint))  # type: ignore[attr-defined]
     known = list(getattr(built.data, "records", ()))
     try:
@@ -234,8 +239,13 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> bool:
         if keeper.interrupted:
             raise KeyboardInterrupt(f"saved at step {keeper.last_saved}; the same command continues") from exit_
         raise
+    except Exception as error:
+        if others.lost:
+            raise others.lost from error
+        raise
     finally:
-        if known != list(getattr(built.data, "records", ())):  # a picture turned out to be damaged as it was shown
+        # A picture turned out to be damaged as it was shown, here or on another rank.
+        if is_rank_zero() and known != list(getattr(built.data, "records", ())):
             built.data.write_manifest(run.manifest)
     record()  # where no step was left to train
     return not (keeper.interrupted or _out_of_time(trainer))
@@ -257,7 +267,8 @@ def _quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
     saving = "lightning.pytorch.trainer.connectors.checkpoint_connector"  # names a default at every save
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators", saving):
+    chatty = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators")
+    for name in (*chatty, "lightning.fabric.utilities.distributed", saving):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

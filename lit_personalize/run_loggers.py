@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers import TensorBoardLogger as FabricTensorBoardLogger
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
@@ -32,8 +33,9 @@ class MetricsFile(CSVLogger):
         self.resumed_at = resumed_at
 
     @property
+    @rank_zero_experiment
     def experiment(self) -> Any:
-        """The writer of the file."""
+        """The writer of the file; on other ranks one that writes nothing."""
         if self._experiment is None:
             self._experiment = _Continued(self.log_dir, self.resumed_at)
         return self._experiment

@@ -100,7 +100,7 @@ class RunCheckpoint(Callback):
         stop = self._agree(trainer, self._stop or trainer.received_sigterm)
         if stop or step % self.every == 0 or step == trainer.max_steps:
             self.save(trainer)
-        if self._stop and stop:
+        if stop and self._agree(trainer, self._stop):  # a rank that was not told would wait for the others for ever
             self.interrupted = True
             raise KeyboardInterrupt
 

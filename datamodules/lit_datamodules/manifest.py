@@ -9,7 +9,9 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from torch import distributed
 
 from lit_datamodules.errors import DataError
 from lit_datamodules.image_files import natural_key
@@ -69,6 +71,14 @@ def ignore_rest(folder: Path, seen: Iterable[str]) -> list[Record]:
 def skip(records: list[Record], path: str, reason: str) -> None:
     """Note that an input which was counted as used turned out to be damaged; it stays told once."""
     records[:] = [replace(r, fate="skipped", reason=reason) if r.path == path else r for r in records]
+
+
+def share_skipped(records: list[Record]) -> None:
+    """Note what other ranks skipped; all of them call this together."""
+    found: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, [(r.path, r.reason) for r in records if r.fate == "skipped"])
+    for path, reason in dict(pair for rank in found for pair in rank).items():
+        skip(records, path, reason)
 
 
 def check_skipped(records: Sequence[Record], strict: bool, max_skipped: int) -> None:

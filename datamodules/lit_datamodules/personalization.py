@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from torch import distributed
 
 from lit_datamodules import inputs, manifest, sheet, sheet_sections
 from lit_datamodules.buckets import Buckets
@@ -61,7 +62,7 @@ class PersonalizationData(pl.LightningDataModule):
         worker_start: How they are started: "fork", "spawn" or "forkserver"; None takes Python's default.
         elastic: Go on from a checkpoint with another number of ranks; otherwise that is refused.
         strict: An unusable input is an error; otherwise up to `max_skipped` are skipped and recorded.
-        max_skipped: Budget of a run that is not strict.
+        max_skipped: Budget of a run that is not strict; each rank counts the damage that it is shown.
         seed: Of order and views.
     """
 
@@ -311,9 +312,11 @@ class PersonalizationData(pl.LightningDataModule):
         )
 
     def teardown(self, stage: str | None = None) -> None:
-        """End the worker processes."""
+        """End the worker processes, and tell every rank which pictures others found damaged."""
         if self._loader is not None:
             self._loader.close()
+        if distributed.is_available() and distributed.is_initialized():
+            manifest.share_skipped(self.records)
 
     def _draw_function(self) -> functools.partial[Drawn]:
         # Workers get the pictures and the geometry, but not the base.

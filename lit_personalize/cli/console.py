@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
+from lit_personalize.ranks import is_rank_zero
+
 PLACES = {
     "README.md": "model card with sample pictures",
     "exports": "adapter files and what verification found",
@@ -25,11 +27,11 @@ JSON_HELP = "print the result as one JSON object, and nothing else, to stdout; m
 
 
 def configure_logging() -> None:
-    """Send our messages to stderr, one line each; keep libraries to warnings."""
+    """Send our messages to stderr, one line each and of rank 0 alone; keep libraries to warnings."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     for name in ("lit_personalize", "lit_callbacks", "lit_datamodules"):
-        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).setLevel(logging.INFO if is_rank_zero() else logging.WARNING)
     for name in ("diffusers", "transformers", "torch.distributed", "lightning", "deepspeed", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging

@@ -17,6 +17,9 @@ def main(arguments: list[str]) -> int:
         parser.print_help()
         return 0
     from lit_personalize.fitting import fit
+    from lit_personalize.ranks import is_rank_zero
 
-    report_run(fit(arguments).path, as_json)
+    run = fit(arguments)
+    if is_rank_zero():
+        report_run(run.path, as_json)
     return 0

@@ -17,6 +17,8 @@ from lit_datamodules.tar_index import CAPTION_KEYS, IMAGE_KEYS, Entry, index_tar
 
 AHEAD = 4
 """Batches that are read and tokenized while one is embedded."""
+WINDOW = 16
+"""Batches over which captions are sorted by length: each takes the time of its longest caption."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Captioned:
 def captioned_batches(
     path: Path, part: Part, batch_size: int, encoder: CaptionEncoder, filters: Filters | None = None
 ) -> Iterator[tuple[Sequence[Captioned], Any]]:
-    """Samples of a shard in its order, with the tokens of their captions, `batch_size` at a time.
+    """Samples of a shard with the tokens of their captions, `batch_size` of like length at a time.
 
     Damaged places, and samples without a caption or picture, go to `part.faults`; samples that the filters drop are
     counted in `part.dropped`.
@@ -70,7 +72,7 @@ def captioned_batches(
 def _groups(
     entries: Sequence[Entry], fd: int, size: int, part: Part, filters: Filters | None
 ) -> Iterator[Sequence[Captioned]]:
-    group: list[Captioned] = []
+    read: list[Captioned] = []
     for entry in entries:
         row = _captioned(entry, fd, part)
         if row is None:
@@ -82,12 +84,17 @@ def _groups(
             if reason := filters.reason(fields or {}):
                 part.dropped[reason] += 1
                 continue
-        group.append(row)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
+        read.append(row)
+        if len(read) == WINDOW * size:
+            yield from _by_length(read, size)
+            read = []
+    yield from _by_length(read, size)
+
+
+def _by_length(rows: list[Captioned], size: int) -> Iterator[Sequence[Captioned]]:
+    rows.sort(key=lambda row: len(row.caption))
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
 
 
 def _captioned(entry: Entry, fd: int, part: Part) -> Captioned | None:

@@ -14,8 +14,10 @@ from PIL import Image
 
 from lit_datamodules.errors import DataError, DataOptionError
 from lit_datamodules.retrieval.merge import Selection, perceptual_hash
+from lit_datamodules.retrieval.parts import Part
 from lit_datamodules.retrieval.plan import Filters, Plan, Query
 from lit_datamodules.retrieval.retrieve import find_shards, merge_parts, part_path, parts_folder, scan
+from lit_datamodules.retrieval.shard_captions import captioned_batches
 from lit_datamodules.shard_writer import write_shards
 from lit_datamodules.tar_index import index_tar, read_member
 
@@ -223,3 +225,16 @@ def test_damage_is_in_the_report_and_a_changed_shard_is_not_merged(encoder: Any,
         find_shards([str(folder / "{00005..00006}.tar")])
     with pytest.raises(DataError, match="no shard is called"):
         find_shards([str(folder / "*.zip")])
+
+
+def test_captions_of_like_length_are_embedded_together(encoder: Any, tmp_path: Path) -> None:
+    """A batch takes the time of its longest caption: long and short ones by turns would all take that of the long."""
+    said = ["a star" if i % 2 else "a red circle on a blue background beside a star " * 2 for i in range(150)]
+    write_shards(({"jpg": b"\xff\xd8", "txt": text.encode(), "json": b"{}"} for text in said), tmp_path, 150)
+    batches = list(captioned_batches(tmp_path / "00000.tar", Part("s", 0), 4, encoder))
+    rows = [row for group, _ in batches for row in group]
+    assert sorted(row.entry.key for row in rows) == [e.key for e in index_tar(tmp_path / "00000.tar").entries]
+    assert all(len(group) == len(tokens["input_ids"]) <= 4 for group, tokens in batches)
+    longest = max(tokens["input_ids"].shape[1] for _, tokens in batches)
+    padded = sum(tokens["input_ids"].numel() for _, tokens in batches)
+    assert padded < 0.65 * 150 * longest, "half of the captions are short"
