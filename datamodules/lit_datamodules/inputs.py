@@ -14,11 +14,12 @@ from lit_datamodules import manifest, regularization
 from lit_datamodules.buckets import Shape
 from lit_datamodules.concept_folder import Concept, FolderContents, Sample, read_concept
 from lit_datamodules.errors import DataError
-from lit_datamodules.order import INSTANCE, PRIOR, Bucket
+from lit_datamodules.order import INSTANCE, PRIOR, Bucket, Mixing, Order
 from lit_datamodules.protocols import Generator
 from lit_datamodules.regularization import Regularization
 from lit_datamodules.resize_augmentation import crop_box
 from lit_datamodules.training_view import Geometry
+from lit_datamodules.turns import fractions
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,21 @@ def sets_of(samples: Sequence[Sample], count: int) -> tuple[tuple[int, ...], ...
     """Numbers of the samples of each of `count` regularization sets."""
     own = [(i, s.concept) for i, s in enumerate(samples) if s.role == PRIOR]
     return tuple(tuple(i for i, concept in own if concept == number) for number in range(count))
+
+
+def order_of(
+    samples: Sequence[Sample], geometry: Geometry, concepts: Sequence[Concept], sets: Sequence[Regularization],
+    batch_size: int, mixing: Mixing,
+) -> Order:  # fmt: skip
+    """Which sample stands where in every batch, from the start of a training."""
+    buckets = buckets_of(samples, geometry, [concept.repeats for concept in concepts])
+    asked = [options.per_batch for options in sets if options.per_batch is not None]
+    shares = [concept.share for concept in concepts]
+    of_sets = fractions(set_shares(sets, shares))
+    return Order(
+        geometry.seed, buckets, sets_of(samples, len(sets)), batch_size, sum(asked) or batch_size, mixing,
+        fractions(shares), of_sets,
+    )  # fmt: skip
 
 
 def set_shares(sets: Sequence[Regularization], shares: Sequence[float]) -> list[float]:

@@ -5,12 +5,14 @@ Mean and standard deviation are kept rather than a draw: every step still draws 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lit_datamodules import manifest
 from lit_datamodules.buckets import Shape
 from lit_datamodules.concept_folder import Sample
 from lit_datamodules.errors import DataError
@@ -19,6 +21,8 @@ from lit_datamodules.protocols import ImageEncoder
 from lit_datamodules.stored_picture import StoredPicture
 from lit_datamodules.tensor_store import TensorStore, key_of
 from lit_datamodules.training_view import Geometry, pixels_of, still
+
+log = logging.getLogger(__name__)
 
 CHUNK = 4  # pictures per pass of the VAE, whose activations are large
 PER_FILE = 64
@@ -116,3 +120,30 @@ class LatentCache:
         found = [self._kept[key] if key in self._kept else self._read(key) for key in keys]
         means, deviations = zip(*found, strict=True)
         return torch.stack(means), torch.stack(deviations)
+
+
+def kept_latents(
+    samples: Sequence[Sample],
+    geometry: Geometry,
+    images: ImageEncoder,
+    store: TensorStore | None,
+    task: tuple[int, int],
+    records: list[manifest.Record],
+    strict: bool,
+    max_skipped: int,
+) -> LatentCache:
+    """A cache of the samples without those whose streamed picture turned out to be damaged, which `records` then tell.
+
+    Raises:
+        DataError: Damage is not allowed, or there is too much of it.
+    """
+    cache = LatentCache(samples, geometry, images, store, task)
+    if cache.damaged:
+        for number, reason in cache.damaged.items():
+            manifest.skip(records, samples[number].name, reason)
+        manifest.check_skipped(records, strict, max_skipped)
+        whole = [sample for number, sample in enumerate(samples) if number not in cache.damaged]
+        cache = LatentCache(whole, geometry, images, store, task)
+    known = f", {cache.hits} of them were known" if store else ""
+    log.info("cached the latents of %d views%s", len(cache), known)
+    return cache

@@ -22,7 +22,7 @@ from lit_datamodules.collating import Collator, Drawn, draw, in_batches
 from lit_datamodules.concept_folder import Concept, Sample
 from lit_datamodules.errors import DataOptionError
 from lit_datamodules.generated_sets import draw_set
-from lit_datamodules.latent_cache import LatentCache
+from lit_datamodules.latent_cache import LatentCache, kept_latents
 from lit_datamodules.order import INSTANCE, Mixing, Order, Slot
 from lit_datamodules.protocols import Generator, ImageEncoder, TextEncoder
 from lit_datamodules.regularization import Regularization
@@ -31,7 +31,6 @@ from lit_datamodules.step_loader import FixedLoader, StepLoader, WorkerStart
 from lit_datamodules.substitution import Substitution
 from lit_datamodules.tensor_store import TensorStore
 from lit_datamodules.training_view import Augmentation, Geometry
-from lit_datamodules.turns import fractions
 
 log = logging.getLogger(__name__)
 
@@ -228,8 +227,12 @@ class PersonalizationData(pl.LightningDataModule):
             raise DataOptionError("data.cache_latents is true, but no image encoder is bound; call bind before setup")
         if self.cache_latents is not False and self._images is not None and self._keeps_something:
             if self.cache_dir is not None or not self._streams:
-                self.cache = self._filled(self._images)
-                read.samples = self.samples  # without those whose streamed pictures turned out to be damaged
+                store = TensorStore(self.cache_dir / "latents") if self.cache_dir else None
+                self.cache = kept_latents(
+                    self.samples, self.geometry, self._images, store, self.task,
+                    self.records, self.strict, self.max_skipped,
+                )  # fmt: skip
+                read.samples = self.samples = list(self.cache.samples)  # without damaged ones of streams
                 read.check(self.concepts, self.regularization, self.strict, self.max_skipped)
         if self._expected is not None:
             self.load_state_dict(self._expected)
@@ -237,19 +240,6 @@ class PersonalizationData(pl.LightningDataModule):
     @property
     def _keeps_something(self) -> bool:
         return not all(self.geometry.moves(sample.role) for sample in self.samples)
-
-    def _filled(self, images: ImageEncoder) -> LatentCache:
-        store = TensorStore(self.cache_dir / "latents") if self.cache_dir else None
-        cache = LatentCache(self.samples, self.geometry, images, store, self.task)
-        if cache.damaged:
-            for number, reason in cache.damaged.items():
-                manifest.skip(self.records, self.samples[number].name, reason)
-            manifest.check_skipped(self.records, self.strict, self.max_skipped)
-            self.samples = [s for i, s in enumerate(self.samples) if i not in cache.damaged]
-            cache = LatentCache(self.samples, self.geometry, images, store, self.task)
-        known = f", {cache.hits} of them were known" if store else ""
-        log.info("cached the latents of %d views%s", len(cache), known)
-        return cache
 
     @property
     def captions(self) -> list[str]:
@@ -268,15 +258,9 @@ class PersonalizationData(pl.LightningDataModule):
     @property
     def order(self) -> Order:
         """Which sample stands where in every batch."""
-        repeats = [concept.repeats for concept in self.concepts]
-        asked = [options.per_batch for options in self.regularization if options.per_batch is not None]
-        shares = [concept.share for concept in self.concepts]
-        of_sets = inputs.set_shares(self.regularization, shares)
-        order = Order(
-            self.seed, inputs.buckets_of(self.samples, self.geometry, repeats),
-            inputs.sets_of(self.samples, len(self.regularization)), self.batch_size, sum(asked) or self.batch_size,
-            self.mixing, fractions(shares), fractions(of_sets),
-        )  # fmt: skip
+        order = inputs.order_of(
+            self.samples, self.geometry, self.concepts, self.regularization, self.batch_size, self.mixing
+        )
         if self._cursor is None:
             return order
         instances, priors = self._cursor["shown"]
