@@ -79,9 +79,9 @@ def write_shards(pictures: Pictures, folder: Path, per_shard: int = 1000, seed: 
     paths = []
     for shard, start in enumerate(range(0, len(pictures), per_shard)):
         paths.append(folder / f"{shard:05d}.tar")
-        part = range(start, min(start + per_shard, len(pictures)))
-        scenes = pictures.scenes
-        write_tar((sample_of(pictures.pixels[i], caption(scenes[i], rng), scenes[i].to_dict()) for i in part), paths[-1])
+        part = slice(start, start + per_shard)
+        shown = zip(pictures.pixels[part], pictures.scenes[part], strict=True)
+        write_tar((sample_of(pixels, caption(scene, rng), scene.to_dict()) for pixels, scene in shown), paths[-1])
     return paths
 
 

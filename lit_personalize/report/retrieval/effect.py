@@ -27,7 +27,7 @@ from lit_personalize.atomic import write_text
 from lit_personalize.backbones.fingerprint import fingerprint_of
 from lit_personalize.backbones.loading import resolve
 from lit_personalize.errors import DataError, UsageError
-from lit_personalize.report.retrieval.quality import N, OUT
+from lit_personalize.report.retrieval.quality import OUT, N
 from lit_personalize.report.science import OPTIONS, SEEDS, generated_set, train_and_measure
 from lit_personalize.tinyworld.build import committed_weights, seconds_of
 from lit_personalize.tinyworld.concepts import HELD_OUT_CONCEPTS, Subject
@@ -36,6 +36,7 @@ from lit_personalize.tinyworld.dataset import read_tar, write_tar
 RECIPE = "custom_diffusion/tinyworld"
 SETS = ("retrieved", "random", "generated")
 SUBJECTS = ("critter-03", "olive-zigzag-heart")
+Cells = dict[tuple[str, str, int], dict[str, Any]]
 CELLS = "effect"
 """Folder of the cells beside the other results."""
 
@@ -111,7 +112,7 @@ def run_cell(
     return {**about, "encoder": fingerprint_of(clip), **found}
 
 
-def load_cells(out: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
+def load_cells(out: Path) -> Cells:
     """The finished cells of the present recipe and base."""
     found = {}
     for cell in cells():

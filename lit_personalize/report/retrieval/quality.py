@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from lit_personalize.atomic import replacing, write_text
@@ -125,18 +124,23 @@ def judge(got: Sequence[Facts], wanted: Facts) -> dict[str, int]:
 
 
 def measure(pairs: Sequence[Pair], queries: Sequence[Asked], n: int, out: Path) -> list[dict[str, Any]]:
-    """A row of counts per query: relevant pictures, and what retrieval and the baselines found in their first `n`."""
+    """A row of counts per query: relevant pictures, and what retrieval and the baselines found in their first `n`.
+
+    A query of which a small corpus has no relevant picture has no recall, and no row.
+    """
     shown: dict[tuple[str, str], Facts] = {}
     ranked = retrieved(out, shown)
     rows = []
     for query in queries:
+        relevant = sum(query.facts <= pair.facts for pair in pairs)
+        if not relevant:
+            continue
         got = {"clip": [shown[where] for where in ranked.get(query.name, [])]}
         for name in BASELINES:
             got[name] = [pair.facts for pair in matching(name, query, pairs, n)]
         rows.append({
             "group": query.group, "text": query.text, "picture": query.picture, "asked": sorted(query.facts),
-            "relevant": sum(query.facts <= pair.facts for pair in pairs),
-            "said": sum(query.facts <= pair.said for pair in pairs),
+            "relevant": relevant, "said": sum(query.facts <= pair.said for pair in pairs),
             **{name: judge(facts, query.facts) for name, facts in got.items()},
         })  # fmt: skip
     return rows

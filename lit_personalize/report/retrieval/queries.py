@@ -1,7 +1,7 @@
 """What is looked for in the corpus: every query with the facts that make a picture relevant.
 
-A picture is relevant if it shows all the facts that are asked, whatever its caption says. Every query is also asked by a
-picture: a rendered one, not of the corpus, that shows the asked facts, and else whatever its scene drew.
+A picture is relevant if it shows all the facts that are asked, whatever its caption says. Every narrow query is also
+asked by a picture: a rendered one, not of the corpus, that shows the asked facts, and else whatever its scene drew.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ CLASS = "class alone"
 
 
 def asked(picture: bool = False) -> list[Asked]:
-    """All queries; every value of the vocabulary is in one, and none is chosen by how well it is found."""
+    """All queries: every shape, place, part, base colour and texture in turn, none chosen by how well it is found."""
     found = [Asked(group, text, frozenset(shown), picture) for group, text, shown in _narrow()]
     return found if picture else found + [Asked(CLASS, text, frozenset(shown)) for text, shown in _classes()]
 
