@@ -105,6 +105,5 @@ def write_tar(samples: Iterable[dict[str, bytes]], path: Path) -> None:
 def read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Key and members of every sample of a shard, in its order."""
     with tarfile.open(path) as tar:
-        named = ((*member.name.rsplit(".", 1), tar.extractfile(member).read()) for member in tar)  # type: ignore[union-attr]
-        for key, group in itertools.groupby(named, key=lambda part: part[0]):
-            yield key, {suffix: data for _, suffix, data in group}
+        for key, members in itertools.groupby(tar, key=lambda member: member.name.rpartition(".")[0]):
+            yield key, {m.name.rpartition(".")[2]: tar.extractfile(m).read() for m in members}  # type: ignore[union-attr]
