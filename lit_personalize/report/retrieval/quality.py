@@ -48,6 +48,11 @@ class Pair:
     facts: Facts
     said: Facts
 
+    @functools.cached_property
+    def words(self) -> frozenset[str]:
+        """Of the caption; kept, since every query asks for them."""
+        return frozenset(re.findall(r"[a-z]+", self.caption))
+
 
 def facts_of(pairs: Sequence[Sequence[str]]) -> Facts:
     """Facts as a sample's `json` holds them."""
@@ -65,17 +70,17 @@ def read_pairs(shards: Sequence[Path]) -> list[Pair]:
     return found
 
 
-def by_substring(query: Asked, caption: str) -> bool:
+def by_substring(query: Asked, pair: Pair) -> bool:
     """Whether every word of a query occurs in the caption, also inside another word."""
-    return all(word in caption for word in query.words)
+    return all(word in pair.caption for word in query.words)
 
 
-def by_words(query: Asked, caption: str) -> bool:
+def by_words(query: Asked, pair: Pair) -> bool:
     """Whether every word of a query is one of the caption's."""
-    return set(query.words) <= set(re.findall(r"[a-z]+", caption))
+    return pair.words.issuperset(query.words)
 
 
-BASELINES: dict[str, Callable[[Asked, str], bool]] = {"substring": by_substring, "words": by_words}
+BASELINES: dict[str, Callable[[Asked, Pair], bool]] = {"substring": by_substring, "words": by_words}
 
 
 def retrieve(shards: Sequence[Path], queries: Sequence[Asked], clip: Path, n: int, out: Path) -> None:
@@ -150,7 +155,7 @@ def matching(baseline: str, query: Asked, pairs: Sequence[Pair], n: int) -> list
     """The first `n` pairs, in the order of the shards, whose captions have a query's words."""
     found = []
     for pair in pairs:
-        if BASELINES[baseline](query, pair.caption):
+        if BASELINES[baseline](query, pair):
             found.append(pair)
             if len(found) == n:
                 break
@@ -164,7 +169,7 @@ def named_share(pairs: Sequence[Pair], classes: Sequence[Asked]) -> float:
         for query in classes:
             if query.facts <= pair.said:
                 total += 1
-                named += by_words(query, pair.caption)
+                named += by_words(query, pair)
     return named / max(1, total)
 
 
