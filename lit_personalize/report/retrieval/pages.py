@@ -102,18 +102,12 @@ def _line(label: str, rows: Rows, figures: list[str], n: int) -> str:
 
 
 def failing(rows: Rows, n: int) -> str:
-    """The queries of which CLIP finds fewer than the search for substrings."""
-    found = [
-        f"{'picture: ' if row['picture'] else ''}{row['text']} ({row['clip']['hits']}, {row['substring']['hits']})"
-        for _, chosen in kinds(rows)
-        for row in chosen
-        if row["clip"]["hits"] < row["substring"]["hits"]
-    ]
-    total = sum(len(chosen) for _, chosen in kinds(rows))
-    if not found:
-        return f"In none of {total} queries does the search for substrings find more of the relevant pictures."
-    begin = f"In {len(found)} of {total} queries the search for substrings finds more (hits in {n}: CLIP's, its): "
-    return begin + "; ".join(found) + "."
+    """The queries of which CLIP finds fewer than the search for substrings: those of text by name."""
+    lost = [[row for row in chosen if row["clip"]["hits"] < row["substring"]["hits"]] for _, chosen in kinds(rows)]
+    text, picture = (f"{len(found)} of {len(all_)}" for found, (_, all_) in zip(lost, kinds(rows), strict=True))
+    said = f"The search for substrings finds more in {text} text queries and in {picture} picture queries."
+    named = "; ".join(f"{row['text']} ({row['clip']['hits']}, {row['substring']['hits']})" for row in lost[0])
+    return f"{said} Of text, with the hits in {n} of CLIP and of that search: {named}." if named else said
 
 
 def every_query(rows: Rows, n: int) -> str:
@@ -170,9 +164,8 @@ def effect_verdicts(cells: Cells) -> str:
 
 def page(results: dict[str, Any], cells: Cells) -> str:
     rows, n = results["rows"], results["n"]
-    cost = f" A cell took about {sorted(row['seconds'] for row in cells.values())[len(cells) // 2]} s." if cells else ""
     sizes = sorted({(row["subject"], row["pictures"]) for row in cells.values() if row["set"] == "retrieved"})
-    counts = ", ".join(f"{count} for {subject}" for subject, count in sizes)
+    counts = ", ".join(f"{count} for {subject}" for subject, count in sizes) or "not yet"
     return f"""# How good retrieval is on the embedded world
 
 {results["pairs"]:,} rendered pairs of every class of the embedded world, held-out shapes, colours and textures among
@@ -213,7 +206,7 @@ frame: the picture does not show what was asked.*
 
 Custom Diffusion of {" and ".join(SUBJECTS)}, seeds {", ".join(map(str, SEEDS))}; only the regularization set
 differs: *retrieved* with `--query "photo of a CLASS"` from the corpus ({counts}), {n} *random* pairs of the corpus,
-others for each seed, or {n} pictures *generated* by the base from the same prompt.{cost}
+others for each seed, or {n} pictures *generated* by the base from the same prompt.
 
 {effects(cells)}
 
