@@ -152,8 +152,8 @@ def effect_verdicts(cells: Cells) -> str:
     for figure, nearer in ((KID, "nearer to the untouched base's"), (f"{KID} to real", "nearer to real pictures")):
         for other in SETS[1:]:
             pairs = paired(cells, other)
-            if not pairs:
-                said.append(f"{figure}, retrieved against {other}: not measured.")
+            if len(pairs) < (total := len(SUBJECTS) * len(SEEDS)):  # an interval over a few is none
+                said.append(f"{figure}, retrieved against {other}: open, {len(pairs)} of {total} pairs are measured.")
                 continue
             low, high = interval(torch.tensor([a[figure] - b[figure] for a, b in pairs], dtype=torch.float64))
             found = f"{nearer} with the retrieved set" if high < 0 else f"{nearer} with the {other} set"
@@ -205,8 +205,8 @@ frame: the picture does not show what was asked.*
 ## What the set does to a training
 
 Custom Diffusion of {" and ".join(SUBJECTS)}, seeds {", ".join(map(str, SEEDS))}; only the regularization set
-differs: *retrieved* with `--query "photo of a CLASS"` from the corpus ({counts}), {n} *random* pairs of the corpus,
-others for each seed, or {n} pictures *generated* by the base from the same prompt.
+differs: *retrieved* with `--query "photo of a CLASS"` from the corpus ({counts}), {n} *random* pairs of
+the corpus, others for each seed, or {n} pictures *generated* by the base from the same prompt.
 
 {effects(cells)}
 

@@ -109,7 +109,7 @@ def test_the_page_of_the_small_corpus(work: Path) -> None:
     assert pages.main([*given, "--check"]) == 1 and not place.exists()
     assert pages.main(given) == 0 and pages.main([*given, "--check"]) == 0
     text = place.read_text()
-    assert text.startswith("# How good") and f"{PAIRS} rendered pairs" in text and "not measured" in text
+    assert text.startswith("# How good") and f"{PAIRS} rendered pairs" in text and "open, 0 of 6 pairs" in text
 
 
 def test_a_command_that_fails_is_said(tmp_path: Path) -> None:
