@@ -95,36 +95,56 @@ def run_cell(method: str, name: str, seed: int, weights: Path, cache: Path, step
 
     Beside its figures a cell has "shown": see `measure`.
     """
-    from lit_personalize.fitting import fit
     from lit_personalize.tinyworld import dataset
 
     subject, entry = HELD_OUT_CONCEPTS[name], METHODS[method]
-    noun = subject.class_noun
+    with tempfile.TemporaryDirectory() as folder:
+        regularization = "[]"
+        if entry.regularization == "shards":
+            [shard] = dataset.write_shards(class_pictures(subject, 200, seed + 50), Path(folder))
+            regularization = f'[{{shards: "{shard}"}}]'
+        elif entry.regularization == "generated":
+            regularization = generated_set(subject, cache)
+        figures = train_and_measure(name, seed, entry.recipe, regularization, weights, entry.changes, steps)
+    return {"method": method, "subject": name, "seed": seed, **figures}
+
+
+def generated_set(subject: Subject, cache: Path) -> str:
+    """The value of `regularization` that lets the base draw 200 pictures of the class."""
+    return f'[{{generate: 200, prompt: "photo of a {subject.class_noun}", cache: {cache}}}]'
+
+
+def train_and_measure(
+    name: str,
+    seed: int,
+    recipe: str,
+    regularization: str,
+    weights: Path,
+    changes: tuple[str, ...] = (),
+    steps: int | None = None,
+) -> dict[str, Any]:
+    """Train one subject with a recipe and a regularization set, `[]` for none; figures, "seconds" and "shown"."""
+    from lit_personalize.fitting import fit
+
+    subject = HELD_OUT_CONCEPTS[name]
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        dreambooth = "dreambooth" in entry.recipe
+        dreambooth = "dreambooth" in recipe
         write_photos(subject, work / "photos", 5, seed, "sks" if dreambooth else TOKEN)
         token = "" if dreambooth else f", token: {TOKEN}"
-        concept = f"{{path: {work / 'photos'}, class_noun: {noun}{token}}}"
-        arguments = ["-c", entry.recipe, "--name", "cell", "--root", folder,
+        concept = f"{{path: {work / 'photos'}, class_noun: {subject.class_noun}{token}}}"
+        arguments = ["-c", recipe, "--name", "cell", "--root", folder,
                      "--data.init_args.concepts", f"[{concept}]",
+                     "--data.init_args.regularization", regularization,
                      "--model.init_args.seed", str(seed), "--data.init_args.seed", str(seed),
                      "--export.formats", "[diffusers]", "--export.verify", "false",
-                     "--sampling.every", "1000000", *entry.changes]  # fmt: skip
-        if entry.regularization == "shards":
-            dataset.write_shards(class_pictures(subject, 200, seed + 50), work / "reg")
-            given = f'[{{shards: "{work / "reg" / "00000.tar"}"}}]'
-            arguments += ["--data.init_args.regularization", given]
-        elif entry.regularization == "generated":
-            given = f'[{{generate: 200, prompt: "photo of a {noun}", cache: {cache}}}]'
-            arguments += ["--data.init_args.regularization", given]
+                     "--sampling.every", "1000000", *changes]  # fmt: skip
         if steps is not None:
             arguments += ["--trainer.max_steps", str(steps)]
         run = fit(arguments)
         figures, shown = measure(subject, run.path, weights, seed, "sks" if dreambooth else TOKEN)
-    seconds = round(time.monotonic() - started)
-    return {"method": method, "subject": name, "seed": seed, **figures, "seconds": seconds, "shown": shown}
+    return {**figures, "seconds": round(time.monotonic() - started), "shown": shown}
 
 
 @functools.lru_cache(maxsize=32)
@@ -162,6 +182,7 @@ def measure(subject: Subject, run: Path, weights: Path, seed: int, word: str) ->
     own = clip.images(drawn)
     noun = f"a photo of a {subject.class_noun}"
     class_with = clip.images(generate(base, [noun] * 32, list(range(32)), [adapter], OPTIONS))
+    class_real = clip.images(class_pictures(subject, 200, seed=900).pixels)
     class_base = clip.images(_untouched((noun,) * 32, tuple(range(100, 132))))
     floor = _untouched(tuple(plain), tuple(1000 * seed + i for i in range(len(plain))))
     training = clip.images(subject_pictures(subject, 5, seed).pixels)
@@ -170,6 +191,7 @@ def measure(subject: Subject, run: Path, weights: Path, seed: int, word: str) ->
     figures = {
         "CLIP-T normalised": alignment.normalised_text_alignment(own, texts),
         "KID x 1000, class prompt": 1000 * mmd2(class_with, class_base, "kid"),
+        "KID x 1000, class prompt to real": 1000 * mmd2(class_with, class_real, "kid"),
     }
     for suffix, pixels in (("", drawn), (", real", real), (", base", floor)):
         features = clip.images(pixels)

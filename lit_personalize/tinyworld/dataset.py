@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import multiprocessing
 import tarfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
+from lit_personalize.atomic import replacing
 from lit_personalize.tinyworld.captions import caption
 from lit_personalize.tinyworld.render import render
 from lit_personalize.tinyworld.scene import Kind, Population, Scene, sample_split
@@ -72,24 +75,35 @@ def write_folder(pictures: Pictures, folder: Path, seed: int = 0) -> None:
 
 def write_shards(pictures: Pictures, folder: Path, per_shard: int = 1000, seed: int = 0) -> list[Path]:
     """Write img2dataset-style shards `00000.tar` with `jpg`, `txt` and `json` per sample."""
-    folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     paths = []
     for shard, start in enumerate(range(0, len(pictures), per_shard)):
-        path = folder / f"{shard:05d}.tar"
-        with tarfile.open(path, "w") as tar:
-            for i in range(start, min(start + per_shard, len(pictures))):
-                key = f"{shard:05d}{i - start:04d}"
-                buffer = io.BytesIO()
-                Image.fromarray(pictures.pixels[i]).save(buffer, "JPEG", quality=97, subsampling=0)
-                parts = {
-                    "jpg": buffer.getvalue(),
-                    "txt": caption(pictures.scenes[i], rng).encode(),
-                    "json": json.dumps(pictures.scenes[i].to_dict()).encode(),
-                }
-                for suffix, data in parts.items():
-                    info = tarfile.TarInfo(f"{key}.{suffix}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-        paths.append(path)
+        paths.append(folder / f"{shard:05d}.tar")
+        part = slice(start, start + per_shard)
+        shown = zip(pictures.pixels[part], pictures.scenes[part], strict=True)
+        write_tar((sample_of(pixels, caption(scene, rng), scene.to_dict()) for pixels, scene in shown), paths[-1])
     return paths
+
+
+def sample_of(pixels: np.ndarray, text: str, about: dict[str, Any]) -> dict[str, bytes]:
+    """A picture uint8 `[H, W, 3]`, its caption and its fields as the members of a shard."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=97, subsampling=0)
+    return {"jpg": buffer.getvalue(), "txt": text.encode(), "json": json.dumps(about).encode()}
+
+
+def write_tar(samples: Iterable[dict[str, bytes]], path: Path) -> None:
+    """Write one shard, all or nothing; keys are the shard's name and four digits."""
+    with replacing(path) as temporary, tarfile.open(temporary, "w") as tar:
+        for number, sample in enumerate(samples):
+            for suffix, data in sample.items():
+                info = tarfile.TarInfo(f"{path.stem}{number:04d}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and members of every sample of a shard, in its order."""
+    with tarfile.open(path) as tar:
+        for key, members in itertools.groupby(tar, key=lambda member: member.name.rpartition(".")[0]):
+            yield key, {m.name.rpartition(".")[2]: tar.extractfile(m).read() for m in members}  # type: ignore[union-attr]
