@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,10 +80,9 @@ class Pool:
     rejected: Counter[str] = field(default_factory=Counter)
     similarities: list[float] = field(default_factory=list)
 
-    def add(self, part: Part, query: str, keep: int) -> None:
-        """Take a part's candidates; the pool holds ten times as many as one part."""
-        self.histogram += np.array(part.histograms[query])
-        found = [c for c in part.candidates if c.query == query]
+    def add(self, histogram: Sequence[int], found: list[Candidate], keep: int) -> None:
+        """Take what a part found for the query, in its order; the pool holds ten times as many as one part."""
+        self.histogram += np.array(histogram)
         if len(found) >= keep:
             self.floor = max(self.floor, found[-1].similarity)
         self.candidates = sorted(self.candidates + found, key=lambda c: c.rank)
@@ -137,8 +136,11 @@ def merge(
         scanned.update({"shards": 1, "samples": part.samples, "captions": part.scanned})
         dropped += part.dropped
         faults += part.faults
+        found: dict[str, list[Candidate]] = {name: [] for name in pools}
+        for candidate in part.candidates:
+            found[candidate.query].append(candidate)
         for name, pool in pools.items():
-            pool.add(part, name, plan.keep)
+            pool.add(part.histograms[name], found[name], plan.keep)
     pictures: dict[tuple[str, str], Chosen | str] = {}
     chosen: dict[tuple[str, str], Chosen] = {}
     with MemberReader({shards[name]: version for name, version in versions.items()}) as reader:
