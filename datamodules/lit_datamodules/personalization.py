@@ -264,6 +264,8 @@ class PersonalizationData(pl.LightningDataModule):
         if self._cursor is None:
             return order
         instances, priors = self._cursor["shown"]
+        if len(instances) != len(order.buckets):  # other shapes than then, which was warned of: they begin anew
+            instances = ()
         return replace(order, since=self._cursor["cursor"], shown=(tuple(instances), priors))
 
     @property

@@ -269,6 +269,18 @@ def test_a_resume_goes_on_at_the_next_picture(make: Make) -> None:
     assert before + [b["sample_id"] for b in rest.train_dataloader()] == whole
 
 
+def test_a_resume_with_other_shapes_is_warned_of_and_goes_on(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    cut = make()
+    loader = iter(cut.train_dataloader())
+    for _ in range(3):
+        next(loader)
+    rest = make(buckets=None)
+    rest.load_state_dict(cut.state_dict())
+    assert "data.buckets was" in caplog.text
+    batches = list(rest.train_dataloader())
+    assert batches and all(b["latent_mean"].shape[2:] == (16, 16) for b in batches)
+
+
 def test_the_sheet_shows_views_as_they_are(make: Make, tmp_path: Path) -> None:
     make(augmentation="custom_diffusion").write_sheet(tmp_path / "sheet.png")
     assert Image.open(tmp_path / "sheet.png").height > 500
