@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -139,6 +140,7 @@ def read_concept(index: int, concept: Concept, flip: float, longest: int, seed: 
     prompts = prompts_of(concept.prompt, concept.token, concept.class_noun)
     folder = Path(concept.path)
     paths = list_images(folder)
+    masks = list_images(Path(concept.masks)) if concept.masks else []
     if concept.held_out >= len(paths):
         raise DataOptionError(f"concept {concept.title}: held_out {concept.held_out} of {len(paths)} leaves no picture")
     order = counter_rng(seed, "held-out", folder.name).permutation(len(paths))
@@ -156,7 +158,7 @@ def read_concept(index: int, concept: Concept, flip: float, longest: int, seed: 
                 raise DataError(f"{path} has no caption {sidecar.name}; write one, or set captions to auto")
             captions = (_sidecar_caption(sidecar, concept),) if has_sidecar else prompts
             picture = read_image(path)
-            mask = mask_file(concept.masks, path) if concept.masks else None
+            mask = mask_file(masks, concept.masks, path) if concept.masks else None
             if mask is not None:
                 picture = masked(picture, path, mask)
         except DataError as error:
@@ -183,13 +185,13 @@ def read_concept(index: int, concept: Concept, flip: float, longest: int, seed: 
     return contents
 
 
-def mask_file(folder: str, path: Path) -> Path:
-    """The picture in `folder` that has the name of `path`, whatever its suffix.
+def mask_file(masks: Sequence[Path], folder: str, path: Path) -> Path:
+    """The one of the `masks` in `folder` that has the name of `path`, whatever its suffix.
 
     Raises:
         DataError: There is none, or there are several.
     """
-    found = [mask for mask in list_images(Path(folder)) if mask.stem == path.stem]
+    found = [mask for mask in masks if mask.stem == path.stem]
     if len(found) == 1:
         return found[0]
     if found:

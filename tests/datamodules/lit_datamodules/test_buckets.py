@@ -329,6 +329,8 @@ def test_masks_that_cannot_be_used(make: Make, tmp_path: Path, spoil: Callable[[
     with pytest.raises(DataError, match=message):
         make([concept])
     assert len(make([concept], strict=False).samples) == len(SIZES) - 1 + 3
+    with pytest.raises(DataError, match="^image folder nowhere does not exist"):
+        make([Concept(str(tmp_path / "photos"), "cat", masks="nowhere")])
 
 
 def test_options_of_concepts_that_exclude_each_other(tmp_path: Path) -> None:
