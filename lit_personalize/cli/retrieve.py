@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Without shards, --generate N lets the base draw the set: litp data retrieve --generate N --help",
     )
     parser.add_argument("--query", action="append", default=[], help="a sentence: 'photo of a cat'; may be repeated")
-    parser.add_argument("--image", action="append", default=[], type=Path, help="a picture as query; may be repeated")
+    parser.add_argument("--image", action="append", default=[], type=Path,
+                        help="a picture as query, or a folder of pictures that ask together; may be repeated")  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the set")
     _add_encoder(parser)
     wanted = parser.add_argument_group("what is kept")
@@ -124,7 +126,8 @@ def main(arguments: list[str]) -> int:
     if options.merge:
         report = retrieve.merge_parts(shards, plan, selection, out)
     else:
-        queries = np.concatenate([encoder.image(q.image) if q.image else encoder.texts([q.text]) for q in plan.queries])
+        vectors = [encoder.image(*_pictures(q.image)) if q.image else encoder.texts([q.text]) for q in plan.queries]
+        queries = np.concatenate(vectors)
         if options.index:
             report = retrieve.merge_index(options.index, shards, plan, queries, selection, out, options.probes)
         else:
@@ -145,7 +148,7 @@ def _plan(options: argparse.Namespace, encoder: str) -> Any:
     from lit_datamodules.retrieval.plan import Filters, Plan, Query
 
     texts = [Query(text, text=text) for text in options.query]
-    images = [Query(path.stem, image=str(path), sha256=_hash(path)) for path in options.image]
+    images = [Query(p.name if p.is_dir() else p.stem, image=str(p), sha256=_hash(p)) for p in options.image]
     filters = Filters(
         options.min_side, options.max_punsafe, options.max_watermark, options.min_aesthetic,
         tuple(options.licence), tuple(options.language),
@@ -154,14 +157,25 @@ def _plan(options: argparse.Namespace, encoder: str) -> Any:
     return Plan((*texts, *images), encoder, filters, keep, options.batch_size)
 
 
+def _pictures(path: str | Path) -> list[Path]:
+    """A picture, or those of a folder."""
+    from lit_datamodules.image_files import list_images
+
+    return list_images(Path(path)) if Path(path).is_dir() else [Path(path)]
+
+
 def _hash(path: Path) -> str:
+    """Of a picture, or of those of a folder together."""
     from lit_datamodules.shard_writer import sha256_of_file
     from lit_personalize.errors import DataError
 
-    try:
-        return sha256_of_file(path)
-    except OSError as error:
-        raise DataError(f"cannot read picture {path}: {error.strerror}") from error
+    hashes = []
+    for picture in _pictures(path):
+        try:
+            hashes.append(sha256_of_file(picture))
+        except OSError as error:
+            raise DataError(f"cannot read picture {picture}: {error.strerror}") from error
+    return hashes[0] if path.is_file() else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _show(report: dict[str, Any], output: Path) -> None:

@@ -74,6 +74,30 @@ def groups_alike(scenes: Sequence[Scene]) -> list[np.ndarray]:
     return [np.array(group) for group in found.values() if len(group) >= 8] or [np.arange(len(scenes))]
 
 
+def pick_batch(
+    count: int, groups: Sequence[np.ndarray], batch: int, alike: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Numbers of `batch` pictures of `count`; the first ones, a share of `alike`, are of one group."""
+    picks = rng.integers(count, size=batch)
+    sizes = np.array([len(group) for group in groups])
+    group = groups[int(rng.choice(len(groups), p=sizes / sizes.sum()))]
+    close = min(round(alike * batch), len(group))
+    picks[:close] = rng.permutation(group)[:close]
+    return picks
+
+
+def pixel_values(data: Pictures, picks: np.ndarray) -> Tensor:
+    """Float `[B, 3, 64, 64]` in [-1, 1], as `image_processor` gives it."""
+    return torch.from_numpy(np.array(data.pixels[picks])).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def save_clip(model: CLIPModel, out: Path) -> None:
+    """Write a stock directory, weights in fp16."""
+    model.eval().half().save_pretrained(out)
+    build_tokenizer(out)  # with the files of older clients
+    image_processor().save_pretrained(out)
+
+
 def train_clip(
     state: Path,
     out: Path,
@@ -106,16 +130,11 @@ def train_clip(
     if alt_texts:
         model.logit_scale.data.fill_(FIRST_SCALE)
     groups = groups_alike(data.scenes)
-    sizes = np.array([len(group) for group in groups])
-    shares = sizes / sizes.sum()
     heads = AspectHeads(model.config.projection_dim)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng([seed, 4, step])
-        picks = rng.integers(len(data), size=batch)
-        group = groups[int(rng.choice(len(groups), p=shares))]
-        close = min(round(alike * batch), len(group))
-        picks[:close] = rng.permutation(group)[:close]
+        picks = pick_batch(len(data), groups, batch, alike, rng)
         scenes = [data.scenes[int(i)] for i in picks]
         if alt_texts:
             words, said = zip(*(alt_text(scene, rng) for scene in scenes), strict=True)
@@ -124,8 +143,7 @@ def train_clip(
             words = tuple(caption(scene, rng) for scene in scenes)
             matches = torch.tensor([[mine == other for other in words] for mine in words])
         ids = tokenizer(list(words), padding="longest", truncation=True, return_tensors="pt").input_ids
-        pixels = torch.from_numpy(np.array(data.pixels[picks])).permute(0, 3, 1, 2).float() / 127.5 - 1
-        out_ = model(input_ids=ids, pixel_values=pixels)
+        out_ = model(input_ids=ids, pixel_values=pixel_values(data, picks))
         value = contrastive_loss(out_.image_embeds, out_.text_embeds, model.logit_scale, matches)
         right = matches[torch.arange(batch), out_.logits_per_image.argmax(1)].float().mean()
         if not alt_texts:
@@ -137,9 +155,7 @@ def train_clip(
 
     modules: dict[str, nn.Module] = {"clip": model, "heads": heads} if alt_texts else {"clip": model}
     run_stage(Stage("clip", modules, loss, steps, learning_rate, seconds, ema=0.995), state, log)
-    model.eval().half().save_pretrained(out)
-    build_tokenizer(out)  # with the files of older clients
-    image_processor().save_pretrained(out)
+    save_clip(model, out)
     return model.float()
 
 

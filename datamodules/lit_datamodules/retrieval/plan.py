@@ -40,13 +40,13 @@ class CaptionEncoder(Protocol):
 
 @dataclass(frozen=True)
 class Query:
-    """One concept: a sentence, or a picture that the caller has embedded.
+    """One concept: a sentence, or pictures that the caller has embedded.
 
     Args:
         name: Names the concept in the result; the sentence, unless another is given.
-        text: Compared with captions; empty for a picture.
-        image: Path of the picture, for the record.
-        sha256: Of the picture's file: another picture under the same path is another query.
+        text: Compared with captions; empty for pictures.
+        image: Path of the picture or of a folder of them, for the record.
+        sha256: Of their files: other pictures under the same path are another query.
     """
 
     name: str

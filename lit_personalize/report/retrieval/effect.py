@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
 from lit_personalize.atomic import write_text
-from lit_personalize.backbones.fingerprint import fingerprint_of
+from lit_personalize.backbones.fingerprint import fingerprint_of, weights_identity
 from lit_personalize.backbones.loading import resolve
 from lit_personalize.errors import DataError, UsageError
+from lit_personalize.metrics.features import Clip
 from lit_personalize.report.retrieval.quality import OUT, N
 from lit_personalize.report.science import OPTIONS, SEEDS, generated_set, train_and_measure
 from lit_personalize.tinyworld.build import committed_weights, seconds_of
@@ -56,6 +58,12 @@ def recipe_id() -> str:
     recipe = yaml.safe_load((RECIPES / f"{RECIPE}.yaml").read_text(encoding="utf-8"))  # comments change nothing
     text = json.dumps([recipe, str(OPTIONS), fingerprint_of(resolve("tinyworld"))])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def caption_tower(clip: Path) -> str:
+    """Identity of what a CLIP embeds captions with; its picture tower has no part in a set that a sentence asks for."""
+    model = Clip(clip).model
+    return weights_identity(torch.nn.ModuleList([model.text_model, model.text_projection]))
 
 
 def retrieved_set(subject: Subject, work: Path, clip: Path, n: int) -> tuple[str, int]:
@@ -109,7 +117,7 @@ def run_cell(
     found = train_and_measure(subject, seed, RECIPE, regularization, committed_weights(), steps=steps)
     del found["shown"]
     about = {"set": name, "subject": subject, "seed": seed, "pictures": count, "recipe": recipe_id()}
-    return {**about, "encoder": fingerprint_of(clip), **found}
+    return {**about, "encoder": caption_tower(clip), **found}
 
 
 def load_cells(out: Path) -> Cells:
@@ -140,9 +148,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UsageError as error:
         parser.error(str(error))
     configure_logging()
-    done = load_cells(options.out)
+    done, encoder = load_cells(options.out), caption_tower(options.clip)
     for cell in cells():
-        if cell in done and done[cell]["encoder"] == fingerprint_of(options.clip):
+        if cell in done and done[cell]["encoder"] == encoder:
             continue
         if time.monotonic() > end:
             break

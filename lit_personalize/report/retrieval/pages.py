@@ -20,7 +20,7 @@ from lit_personalize.metrics.alignment import interval
 from lit_personalize.report.pages import with_interval
 from lit_personalize.report.retrieval.effect import SETS, SUBJECTS, Cells, load_cells
 from lit_personalize.report.retrieval.quality import PICTURES, RESULTS
-from lit_personalize.report.retrieval.queries import CLASS, NARROW
+from lit_personalize.report.retrieval.queries import BY, CLASS, NARROW
 from lit_personalize.report.science import SEEDS
 
 Rows = Sequence[dict[str, Any]]
@@ -64,10 +64,14 @@ def claims(rows: Rows, n: int) -> str:
     return "\n".join(lines)
 
 
+def asked_by(pictures: int) -> str:
+    return "text" if not pictures else "1 picture" if pictures == 1 else f"{pictures} pictures"
+
+
 def kinds(rows: Rows) -> list[tuple[str, Rows]]:
-    """The narrow queries that text asks, and those that pictures ask."""
+    """The narrow queries by what asks them: text, one picture, several."""
     narrow = [row for row in rows if row["group"] in NARROW]
-    return [("text", [row for row in narrow if not row["picture"]]), ("picture", [r for r in narrow if r["picture"]])]
+    return [(asked_by(by), [row for row in narrow if row["pictures"] == by]) for by in BY]
 
 
 def summary(rows: Rows, n: int) -> str:
@@ -103,10 +107,10 @@ def _line(label: str, rows: Rows, figures: list[str], n: int) -> str:
 
 def failing(rows: Rows, n: int) -> str:
     """The queries of which CLIP finds fewer than the search for substrings: those of text by name."""
-    lost = [[row for row in chosen if row["clip"]["hits"] < row["substring"]["hits"]] for _, chosen in kinds(rows)]
-    text, picture = (f"{len(found)} of {len(all_)}" for found, (_, all_) in zip(lost, kinds(rows), strict=True))
-    said = f"The search for substrings finds more in {text} text queries and in {picture} picture queries."
-    named = "; ".join(f"{row['text']} ({row['clip']['hits']}, {row['substring']['hits']})" for row in lost[0])
+    lost = {by: [r for r in chosen if r["clip"]["hits"] < r["substring"]["hits"]] for by, chosen in kinds(rows)}
+    parts = [f"{len(lost[by])} of {len(chosen)} queries by {by}" for by, chosen in kinds(rows)]
+    said = f"The search for substrings finds more in {', '.join(parts[:-1])} and {parts[-1]}."
+    named = "; ".join(f"{row['text']} ({row['clip']['hits']}, {row['substring']['hits']})" for row in lost["text"])
     return f"{said} Of text, with the hits in {n} of CLIP and of that search: {named}." if named else said
 
 
@@ -114,7 +118,7 @@ def every_query(rows: Rows, n: int) -> str:
     lines = ["| query | asked by | relevant | said | CLIP: hits, P, R | substring: found, hits, P, R | "
              "whole words: found, hits, P, R |", "| --- " * 7 + "|"]  # fmt: skip
     for row in rows:
-        cells = [row["text"], "picture" if row["picture"] else "text", str(row["relevant"]), str(row["said"])]
+        cells = [row["text"], asked_by(row["pictures"]), str(row["relevant"]), str(row["said"])]
         for search in SEARCHES:
             figures = [str(row[search]["hits"]), *(f"{share(row, search, m, n):.3f}" for m in MEASURES)]
             cells.append(", ".join(figures if search == "clip" else [str(row[search]["found"]), *figures]))
@@ -177,8 +181,9 @@ All queries are asked in one pass of `litp data retrieve --n {n}` with a CLIP (`
 that was trained on other pictures with captions of the same grammar: it knows how to read this corpus. A picture is
 relevant if it shows all that is asked, whatever its caption says; precision counts all {n} places, recall all relevant
 pictures of the corpus. Searches for words take the first {n} captions, in the order of the corpus, that contain every
-word of the query, as *substring* or as *whole word*. A picture that asks shows what a text asks, and other things too;
-the searches for words then get the words of that text.
+word of the query, as *substring* or as *whole word*. A picture that asks shows what a text asks, and other things too,
+of which nothing says that they are not meant; several that ask together (a folder, as of a concept's photos) share what
+the text asks. The searches for words get the words of that text.
 
 Retrieving took {results["cpu seconds"]} CPU seconds on {results["cores"]} cores of {results["processor"]}.
 
@@ -195,7 +200,7 @@ Differences are per query. {failing(rows, n)}
 
 ![the first pictures of six queries]({FOLDER}/{PICTURES})
 
-*The first twelve of the first query of every group: asked as text, as picture (in front), and by its words. A red
+*The first twelve of the first query of every group: asked by text, by pictures (in front), and by its words. A red
 frame: the picture does not show what was asked.*
 
 ## By what is asked, means

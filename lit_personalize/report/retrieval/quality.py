@@ -25,7 +25,7 @@ from PIL import Image
 from lit_personalize.atomic import replacing, write_text
 from lit_personalize.errors import DataError
 from lit_personalize.report.circumstances import circumstances
-from lit_personalize.report.retrieval.queries import CLASS, NARROW, Asked, asked, scene_showing
+from lit_personalize.report.retrieval.queries import BY, CLASS, NARROW, Asked, asked, scenes_showing
 from lit_personalize.report.retrieval.sheet import Shown, sheet
 from lit_personalize.tinyworld.build import committed_weights
 from lit_personalize.tinyworld.corpus import write_corpus
@@ -93,18 +93,22 @@ def retrieve(shards: Sequence[Path], queries: Sequence[Asked], clip: Path, n: in
     """
     from lit_personalize.cli.main import main as litp
 
+    draw(queries, out / "asked")
     arguments = ["data", "retrieve", "--shards", str(shards[0].parent / "[0-9]*.tar"), "--clip", str(clip),
                  "--n", str(n), "--keep", str(n), "--near-duplicates", "0", "-o", str(out)]  # fmt: skip
-    (out / "asked").mkdir(parents=True, exist_ok=True)
-    for number, query in enumerate(queries):
-        if query.picture:
-            place = out / "asked" / f"{query.name}.png"
-            Image.fromarray(render(scene_showing(query, number))).save(place)
-            arguments += ["--image", str(place)]
-        else:
-            arguments += ["--query", query.text]
+    for query in queries:
+        arguments += ["--image", str(out / "asked" / query.name)] if query.pictures else ["--query", query.text]
     if code := litp(arguments):
         raise DataError(f"litp data retrieve ended with {code}")
+
+
+def draw(queries: Sequence[Asked], folder: Path) -> None:
+    """The pictures that ask, `folder/QUERY/0.png` and so on."""
+    for number, query in enumerate(queries):
+        for i, scene in enumerate(scenes_showing(query, number)):
+            place = folder / query.name / f"{i}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(render(scene)).save(place)
 
 
 Retrieved = dict[str, list[tuple[str, str]]]
@@ -144,7 +148,7 @@ def measure(pairs: Sequence[Pair], queries: Sequence[Asked], n: int, out: Path) 
         for name in BASELINES:
             got[name] = [pair.facts for pair in matching(name, query, pairs, n)]
         rows.append({
-            "group": query.group, "text": query.text, "picture": query.picture, "asked": sorted(query.facts),
+            "group": query.group, "text": query.text, "pictures": query.pictures, "asked": sorted(query.facts),
             "relevant": relevant, "said": sum(query.facts <= pair.said for pair in pairs),
             **{name: judge(facts, query.facts) for name, facts in got.items()},
         })  # fmt: skip
@@ -174,15 +178,17 @@ def named_share(pairs: Sequence[Pair], classes: Sequence[Asked]) -> float:
 
 
 def shown_on_sheet(pairs: Sequence[Pair], queries: Sequence[Asked], n: int, out: Path) -> list[Shown]:
-    """What came first for the first query of each narrow group: asked as text, as picture, and by its words."""
+    """What came first for the first query of each narrow group: asked by text, by pictures, and by its words."""
     ranked, facts = retrieved(out, {}), {(pair.shard.name, pair.key): pair for pair in pairs}
     rows = []
     for group in NARROW:
-        text, picture = (next(q for q in queries if q.group == group and q.picture == asks) for asks in (False, True))
-        for by, query in (("text", text), ("picture", picture)):
+        same = [next(q for q in queries if q.group == group and q.pictures == by) for by in BY]
+        for query in same:
             chosen = [facts[where] for where in ranked.get(query.name, [])]
-            rows.append(Shown(f"{by}: {query.text}", query.facts, chosen, out / "asked" / f"{query.name}.png"))
-        rows.append(Shown(f"substring: {' '.join(text.words)}", text.facts, matching("substring", text, pairs, n)))
+            by = f"{query.pictures} picture{'s' * (query.pictures > 1)}" if query.pictures else "text"
+            rows.append(Shown(f"{by}: {query.text}", query.facts, chosen, out / "asked" / query.name))
+        found = matching("substring", same[0], pairs, n)
+        rows.append(Shown(f"substring: {' '.join(same[0].words)}", same[0].facts, found))
     return rows
 
 
@@ -190,7 +196,7 @@ def run(work: Path, pairs: int, per_shard: int, n: int, processes: int, clip: Pa
     """Render, retrieve and judge; what `quality.json` holds, and the sheet of pictures under "sheet"."""
     log = functools.partial(print, file=sys.stderr, flush=True)
     shards = write_corpus(work / "corpus", pairs, per_shard, processes=processes, log=log)
-    queries = asked() + asked(picture=True)
+    queries = asked()
     out = work / "retrieved"
     started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF)
     retrieve(shards, queries, clip, n, out)

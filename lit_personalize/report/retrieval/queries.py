@@ -1,7 +1,8 @@
 """What is looked for in the corpus: every query with the facts that make a picture relevant.
 
 A picture is relevant if it shows all the facts that are asked, whatever its caption says. Every narrow query is also
-asked by a picture: a rendered one, not of the corpus, that shows the asked facts, and else whatever its scene drew.
+asked by one picture and by several together, as a folder of photos would: rendered ones, not of the corpus, that show
+the asked facts, and else whatever their scenes drew.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ class Asked:
 
     Args:
         group: What its kind of query asks for.
-        text: As one would type it; also what the search for words gets where a picture asks.
+        text: As one would type it; also what the search for words gets where pictures ask.
         facts: Of a relevant picture.
-        picture: Whether a picture that shows the facts asks, and not the text.
+        pictures: How many pictures that show the facts ask together; none, where the text does.
     """
 
     group: str
     text: str
     facts: Facts
-    picture: bool = False
+    pictures: int = 0
 
     @property
     def name(self) -> str:
-        """What the retrieved set calls it: a file name for a picture."""
-        return "-".join(self.text.split()) if self.picture else self.text
+        """What the retrieved set calls it: a folder's name for pictures."""
+        return "-".join([*self.text.split(), str(self.pictures)]) if self.pictures else self.text
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -53,12 +54,15 @@ NARROW = ("shape, colour", "shape, texture", "critter, colour, two parts", "crit
           "person, part, place", "sign, letter")  # fmt: skip
 """Groups of 150 to 350 relevant pictures in 100,000."""
 CLASS = "class alone"
+BY = (0, 1, 4)
+"""By how many pictures a narrow query is asked; none: by its text. Four, since concepts come with three to five."""
 
 
-def asked(picture: bool = False) -> list[Asked]:
+def asked() -> list[Asked]:
     """All queries: every shape, place, part, base colour and texture in turn, none chosen by how well it is found."""
-    found = [Asked(group, text, frozenset(shown), picture) for group, text, shown in _narrow()]
-    return found if picture else found + [Asked(CLASS, text, frozenset(shown)) for text, shown in _classes()]
+    narrow, classes = list(_narrow()), list(_classes())
+    found = [Asked(group, text, frozenset(shown), by) for by in BY for group, text, shown in narrow]
+    return found + [Asked(CLASS, text, frozenset(shown)) for text, shown in classes]
 
 
 def _narrow() -> Iterator[tuple[str, str, set[tuple[str, str]]]]:
@@ -93,11 +97,15 @@ def _nth(values: list[str], number: int) -> str:
     return values[number % len(values)]
 
 
-def scene_showing(query: Asked, number: int) -> Scene:
-    """The scene that asks the `number`-th query as a picture: the first of its generator that shows the facts."""
+def scenes_showing(query: Asked, number: int) -> list[Scene]:
+    """The scenes that ask the `number`-th query: the first of its generator that show the facts."""
+    if not query.pictures:
+        return []
     rng = np.random.default_rng([PICTURE_SEED, number])
     kind: Kind = dict(query.facts)["kind"]  # type: ignore[assignment]
-    while True:
+    found: list[Scene] = []
+    while len(found) < query.pictures:
         scene = sample_scene(rng, "all", kind)
         if scene.style == "photo" and query.facts <= facts(scene):
-            return scene
+            found.append(scene)
+    return found

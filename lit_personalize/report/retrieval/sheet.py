@@ -34,12 +34,12 @@ class Found(Protocol):
 
 @dataclass(frozen=True)
 class Shown:
-    """A row: how it was asked, what makes a picture relevant, what came, and the picture that asked, if one did."""
+    """A row: how it was asked, what makes a picture relevant, what came, and the folder of pictures that asked, if any."""
 
     title: str
     wanted: Facts
     found: Sequence[Found]
-    picture: Path | None = None
+    asked: Path | None = None
 
 
 def sheet(rows: Sequence[Shown]) -> Image.Image:
@@ -55,8 +55,7 @@ def sheet(rows: Sequence[Shown]) -> Image.Image:
                 pixels[shard, key] = np.array(Image.open(io.BytesIO(members["jpg"])).convert("RGB"))
     tiles, captions = [], []
     for row in rows:
-        asked = row.picture is not None and row.picture.exists()
-        tiles.append(np.array(Image.open(row.picture)) if asked and row.picture else _blank())
+        tiles.append(_together(sorted(row.asked.glob("*.png")) if row.asked else []))
         captions.append(row.title)
         for pair in row.found[:COLUMNS]:
             tile = pixels[pair.shard, pair.key].copy()
@@ -66,6 +65,16 @@ def sheet(rows: Sequence[Shown]) -> Image.Image:
             tiles.append(_blank())
             captions.append("")
     return captioned_grid(np.stack(tiles), captions, COLUMNS + 1)
+
+
+def _together(pictures: Sequence[Path]) -> np.ndarray:
+    """One picture as it is, up to four small ones in a square."""
+    if len(pictures) == 1:
+        return np.array(Image.open(pictures[0]))
+    tile, half = Image.fromarray(_blank()), SIDE // 2
+    for i, picture in enumerate(pictures[:4]):
+        tile.paste(Image.open(picture).resize((half, half)), (i % 2 * half, i // 2 * half))
+    return np.array(tile)
 
 
 def _blank() -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from lit_datamodules.shard_sets import read_shards
 from lit_datamodules.tar_index import index_tar, read_member
 from lit_personalize.cli.main import main
+from lit_personalize.metrics.caption_encoder import CaptionEncoder
 from lit_personalize.tinyworld.build import committed_weights
 from lit_personalize.tinyworld.dataset import sample_pictures, write_folder, write_shards
 
@@ -51,6 +53,25 @@ def test_tasks_of_an_array_and_a_picture_as_query(
     assert main([*asked, "-o", str(tmp_path / "one")]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(many)
     assert json.loads(many)["queries"]["mine"]["kept"] == 4
+
+
+def test_the_pictures_of_a_folder_ask_together(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Similarities are those of the normalised mean of their unit vectors."""
+    write_folder(sample_pictures(3, 8, kind="critter"), tmp_path / "my.photos")
+    asked = [*command, "--image", str(tmp_path / "my.photos"), "--n", "3", "--near-duplicates", "0", "--json", "-o"]
+    assert main([*asked, str(tmp_path / "reg")]) == 0
+    kept = json.loads(capsys.readouterr().out)["queries"]["my.photos"]["similarity"]
+    encoder = CaptionEncoder(committed_weights() / "retrieval_clip")
+    mean = sum(encoder.image(picture)[0] for picture in sorted((tmp_path / "my.photos").glob("*.png")))
+    captions = [c for n in range(4) for s in read_shards(0, str(tmp_path / f"laion/{n:05d}.tar"), 64).samples
+                for c in s.captions]  # fmt: skip
+    cosines = sorted(encoder.texts(captions) @ (mean / np.linalg.norm(mean)))
+    assert [kept["max"], kept["min"]] == pytest.approx([cosines[-1], cosines[-3]], abs=1e-4)
+    (tmp_path / "my.photos/00001.png").unlink()
+    assert main([*asked, str(tmp_path / "reg")]) == 0
+    assert json.loads(capsys.readouterr().out)["queries"]["my.photos"]["similarity"] != kept, "other pictures ask anew"
 
 
 def test_shards_elsewhere_give_the_same_set(
@@ -133,6 +154,7 @@ def test_a_set_that_the_base_draws(
         (["--query", "a", "--merge", "--task", "0/2"], 2, "--task scans, --merge merges and --index searches"),
         (["--query", "a", "--index", "none"], 3, "none holds no finished index"),
         (["--image", "none.png"], 3, "cannot read picture none.png"),
+        (["--image", "laion"], 3, "image folder laion holds no jpg, png or webp file"),
         (["--query", "a", "--clip", "nowhere"], 3, "nowhere has no config.json"),
         (["--query", "a", "--shards", "https://host/0.tar"], 2, "name a folder for that by --fetch-to"),
         (["--query", "a", "--keep-fetched"], 2, "name it by --fetch-to"),

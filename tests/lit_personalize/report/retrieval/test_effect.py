@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from lit_personalize.backbones.fingerprint import fingerprint_of
 from lit_personalize.report.retrieval import effect
 from lit_personalize.tinyworld.build import committed_weights
 from lit_personalize.tinyworld.concepts import HELD_OUT_CONCEPTS
@@ -79,7 +78,7 @@ def test_cells_differ_in_the_set_alone_and_are_measured_once(
     assert effect.main(command) == 0 and len(asked) == 12, "nothing is repeated"
     place = effect.cell_path(tmp_path, "random", effect.SUBJECTS[0], 1)
     row = json.loads(place.read_text())
-    assert row["pictures"] == 6 and row["encoder"] == fingerprint_of(CLIP) and "shown" not in row
+    assert row["pictures"] == 6 and row["encoder"] == effect.caption_tower(CLIP) and "shown" not in row
     place.write_text(json.dumps({**row, "recipe": "0" * 16}))
     assert ("random", effect.SUBJECTS[0], 1) not in effect.load_cells(tmp_path), "of another recipe or base"
     assert effect.main(command) == 0 and len(asked) == 13

@@ -10,7 +10,7 @@ import pytest
 
 from lit_personalize.backbones.fingerprint import fingerprint_of
 from lit_personalize.report.retrieval import effect, pages
-from lit_personalize.report.retrieval.queries import NARROW, asked
+from lit_personalize.report.retrieval.queries import BY, NARROW, asked
 from lit_personalize.tinyworld.build import committed_weights
 
 DOCS = Path(__file__).parents[4] / "docs"
@@ -24,21 +24,21 @@ def test_the_page_is_current() -> None:
 def test_results_are_of_the_present_queries_recipe_and_encoder() -> None:
     results = json.loads((DOCS / pages.FOLDER / pages.RESULTS).read_text(encoding="utf-8"))
     assert results["pairs"] == 100_000 and results["n"] == 200
-    present = [(q.text, q.picture, [list(fact) for fact in sorted(q.facts)]) for q in asked() + asked(picture=True)]
-    assert [(row["text"], row["picture"], row["asked"]) for row in results["rows"]] == present
-    encoder = fingerprint_of(committed_weights() / "retrieval_clip")
-    assert encoder in results["encoder"]
+    present = [(q.text, q.pictures, [list(fact) for fact in sorted(q.facts)]) for q in asked()]
+    assert [(row["text"], row["pictures"], row["asked"]) for row in results["rows"]] == present
+    clip = committed_weights() / "retrieval_clip"
+    assert fingerprint_of(clip) in results["encoder"]
     cells = effect.load_cells(DOCS / pages.FOLDER)
     assert len(cells) == len(list((DOCS / pages.FOLDER / effect.CELLS).glob("*.json"))), "a cell is of another recipe"
-    assert all(cell["encoder"] == encoder for cell in cells.values())
+    assert all(cell["encoder"] == effect.caption_tower(clip) for cell in cells.values())
 
 
 def rows_with(clip: int, substring: int) -> list[dict[str, Any]]:
     return [
-        {"group": NARROW[0], "text": f"q{i}", "picture": picture, "relevant": 100, "said": 60,
+        {"group": NARROW[0], "text": f"q{i}", "pictures": by, "relevant": 100, "said": 60,
          "clip": {"found": 50, "hits": clip + i}, "substring": {"found": 40, "hits": substring},
          "words": {"found": 40, "hits": substring - 1}}
-        for picture in (False, True) for i in range(4)
+        for by in BY for i in range(4)
     ]  # fmt: skip
 
 
@@ -55,9 +55,9 @@ def test_a_claim_follows_the_interval(clip: int, said: str) -> None:
 
 def test_queries_that_fail_are_named() -> None:
     told = pages.failing(rows_with(18, 20), 50)
-    assert "more in 2 of 4 text queries and in 2 of 4 picture queries" in told
+    assert "more in 2 of 4 queries by text, 2 of 4 queries by 1 picture and 2 of 4 queries by 4 pictures." in told
     assert told.endswith("q0 (18, 20); q1 (19, 20).")
-    assert pages.failing(rows_with(30, 20), 50).endswith("in 0 of 4 picture queries.")
+    assert pages.failing(rows_with(30, 20), 50).endswith("and 0 of 4 queries by 4 pictures.")
 
 
 def cells_with(retrieved: float, other: float, count: int = 3) -> effect.Cells:

@@ -14,7 +14,7 @@ from lit_personalize.errors import DataError
 from lit_personalize.metrics.caption_encoder import CaptionEncoder
 from lit_personalize.report.retrieval import pages, quality
 from lit_personalize.report.retrieval.quality import Pair, facts_of
-from lit_personalize.report.retrieval.queries import Asked, asked, scene_showing
+from lit_personalize.report.retrieval.queries import Asked, asked, scenes_showing
 from lit_personalize.tinyworld.build import committed_weights
 from lit_personalize.tinyworld.render import render
 
@@ -78,21 +78,23 @@ def test_a_small_corpus_gives_the_figures_that_a_direct_comparison_gives(work: P
     assert found["pairs"] == len(corpus) == PAIRS and 0.3 < found["named"] < 0.5 and found["cpu seconds"] > 0
     encoder = CaptionEncoder(CLIP)
     vectors = encoder.texts([pair.caption for pair in corpus])
-    rows = {(row["text"], row["picture"]): row for row in found["rows"]}
+    rows = {(row["text"], row["pictures"]): row for row in found["rows"]}
     assert len(rows) > 60 and found["encoder"] == encoder.fingerprint
-    for number, query in enumerate([*asked(), *asked(picture=True)]):
+    for number, query in enumerate(asked()):
         relevant = sum(query.facts <= pair.facts for pair in corpus)
         if not relevant:
-            assert (query.text, query.picture) not in rows
+            assert (query.text, query.pictures) not in rows
             continue
-        if query.picture:
-            Image.fromarray(render(scene_showing(query, number))).save(work / "asked.png")
-            asking = encoder.image(work / "asked.png")[0]
+        if query.pictures:
+            for i, scene in enumerate(scenes_showing(query, number)):
+                Image.fromarray(render(scene)).save(work / f"asked{i}.png")
+            each = [encoder.image(work / f"asked{i}.png")[0] for i in range(query.pictures)]
+            asking = np.mean(each, 0) / np.linalg.norm(np.mean(each, 0))
         else:
             asking = encoder.texts([query.text])[0]
         best = np.argsort(-(vectors @ asking).round(5), kind="stable")[:N]
         hits = sum(query.facts <= corpus[i].facts for i in best)
-        row = rows[query.text, query.picture]
+        row = rows[query.text, query.pictures]
         assert (row["relevant"], row["clip"]) == (relevant, {"found": N, "hits": hits}), query
         assert row["words"]["hits"] <= row["words"]["found"] <= row["substring"]["found"] <= N
 
