@@ -16,6 +16,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "fit": ("fit", "train, export, verify; the same command continues"),
     "sample": ("sample", "draw pictures with a base and adapters"),
     "evaluate": ("evaluate", "measure fidelity, alignment and drift of an adapter"),
+    "merge": ("merge", "combine adapters into one"),
     "export": ("export", "write adapter files of a run again, in other formats"),
     "verify": ("verify", "reload an adapter file through the stock client and compare"),
     "inspect": ("inspect", "show keys, ranks, tokens and metadata of an adapter file"),
