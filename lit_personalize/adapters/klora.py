@@ -75,7 +75,7 @@ class KLoRA(LoadedAdapter):
             chosen = (self.style if self.takes_style(layer, progress) else self.content)[layer]
             if self.weights.low_rank[layer] is not chosen:
                 self.weights.low_rank[layer] = chosen
-                self.apply(layer)
+                self.put(layer)
 
 
 def _top(values: Tensor, count: int) -> float:

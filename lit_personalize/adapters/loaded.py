@@ -65,9 +65,9 @@ class LoadedAdapter(Adapter):
 
     def refresh(self, dtype: torch.dtype) -> None:
         for layer in self._shadows:
-            self.apply(layer)
+            self.put(layer)
 
-    def apply(self, layer: str) -> None:
+    def put(self, layer: str) -> None:
         """Put the layer's present ΔW in place, or take it away while inactive."""
         shadow = self._shadows[layer]
         if not self.active:

@@ -69,7 +69,8 @@ def main(arguments: list[str]) -> int:
         path, scale = path_and_scale(entry)
         adapters.append(load_adapter(exports_of(path), base, scale, options.force))
     if options.k_lora:
-        adapters.append(KLoRA(*(read_adapter(exports_of(Path(p)), base, options.force) for p in options.k_lora)))
+        content, style = (read_adapter(exports_of(Path(p)), base, options.force) for p in options.k_lora)
+        adapters.append(KLoRA(content, style))
         adapters[-1].attach(base)
     prompts = [p for p in options.prompts for _ in options.seeds]
     seeds = options.seeds * len(options.prompts)
