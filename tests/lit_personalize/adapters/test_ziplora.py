@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from lit_personalize.objectives.merged_distillation import MergedDistillation
 CAPTIONS = ["photo of a <new1> cat", "style of <b> toy"]
 
 
-def write(path: Path, folder: Path, adapters: list[Adapter], seed: int) -> Path:
+def write(path: Path, folder: Path, adapters: list[Adapter], seed: int, kind: str = "diffusers") -> Path:
     base = load_base(path)
     draws = torch.Generator().manual_seed(seed)
     weights = None
@@ -35,7 +36,7 @@ def write(path: Path, folder: Path, adapters: list[Adapter], seed: int) -> Path:
                 factor.add_(0.2 * torch.randn(factor.shape, generator=draws))
         own = adapter.export_weights()
         weights = own if weights is None else weights.merge(own)
-    export(weights, folder, base, folder.name, ["diffusers"])
+    export(weights, folder, base, folder.name, [kind])
     return folder
 
 
@@ -46,7 +47,7 @@ def files(tiny_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     base = tiny_bases["sdxl"]
     content = [LoRA(rank=3, alpha=6.0), TokenEmbedding("<new1>", "cat")]
     style = [LoRA(rank=2, targets=["attn2.to_k", "attn2.to_v", "conv1"]), TokenEmbedding("<b>", "toy")]
-    return {"base": base, "content": write(base, root / "content", content, 1),
+    return {"base": base, "content": write(base, root / "content", content, 1, "kohya"),  # which keeps alpha
             "style": write(base, root / "style", style, 2)}  # fmt: skip
 
 
@@ -121,11 +122,11 @@ def test_similarity_by_hand(files: dict[str, Path]) -> None:
     with torch.no_grad():
         for layer in shared:
             adapter.factor(f"{layer}:content").fill_(0.5)
-            adapter.factor(f"{layer}:style")[0] = -3.0
+            adapter.factor(f"{layer}:style")[0] = -300.0
     widths = [adapter.factor(f"{layer}:style").numel() for layer in shared]
-    dot = sum(abs(0.5 * (width - 1) - 1.5) for width in widths)
+    dot = sum(abs(0.5 * (width - 1) - 150) for width in widths)
     assert float(adapter.similarity("dot")) == pytest.approx(dot, rel=1e-5)
-    each = sum((0.5 * (width - 1) + 1.5) / width for width in widths)
+    each = sum((0.5 * (width - 1) + 150) / width for width in widths)
     assert float(adapter.similarity("elementwise")) == pytest.approx(each, rel=1e-5)
 
 
@@ -141,6 +142,19 @@ def test_the_loss_vanishes_where_one_lora_is_left(files: dict[str, Path], make_b
     assert loss.per_sample[:2].abs().max() < 1e-9 < loss.per_sample[2] and loss.weights.tolist() == [0.5, 0.5, 1.0]
     with pytest.raises(UsageError, match="two concepts"):
         objective.loss(make_batch(objective.built, CAPTIONS), 0)
+
+
+@pytest.mark.parametrize(("kind", "values"), [("dot", 4 * 16 * 16), ("elementwise", 1)])
+def test_similarity_counts_once(
+    files: dict[str, Path], make_batch: Callable[..., Batch], kind: Literal["dot", "elementwise"], values: int
+) -> None:
+    objective = zipped(files, similarity=kind, similarity_weight=0.5)
+    adapter = objective.trained[0]
+    assert isinstance(adapter, ZipLoRA)
+    loss = objective.loss(batch_of(objective, make_batch, [0, 1, 1]), 0)
+    similarity = float(adapter.similarity(kind)) / values
+    assert float(loss.terms["similarity"]) == pytest.approx(similarity, rel=1e-5) and similarity > 0.1
+    assert float(loss.reduce()) == pytest.approx(float(loss.terms["distance"]) + 0.5 * similarity, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["dot", "elementwise"])
