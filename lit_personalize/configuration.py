@@ -23,11 +23,26 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lit_personalize.adapters.key_value_delta import KeyValueDelta
 from lit_personalize.adapters.lora import LoRA
 from lit_personalize.adapters.token_embedding import TokenEmbedding
+from lit_personalize.adapters.ziplora import ZipLoRA
 from lit_personalize.errors import UsageError
 from lit_personalize.list_replacement import replace_lists
 from lit_personalize.objectives.denoising import Denoising
+from lit_personalize.objectives.merged_distillation import MergedDistillation
 from lit_personalize.objectives.prior_preservation import PriorPreservation
 from lit_personalize.recipe_files import RECIPES, names
+
+OBJECTIVES: list[type] = [
+    Denoising,
+    MergedDistillation,
+    PriorPreservation,
+]
+ADAPTERS: list[type] = [
+    KeyValueDelta,
+    LoRA,
+    TokenEmbedding,
+    ZipLoRA,
+]
+"""Whose short names a `class_path` may have."""
 
 
 @dataclass
@@ -184,8 +199,7 @@ def _readable(path: Path) -> Path:
 
 def known_keys() -> set[str]:
     """Every option name that a configuration may contain, for suggestions."""
-    classes: list[Any] = [Denoising, PriorPreservation, LoRA, KeyValueDelta, TokenEmbedding, pl.Trainer]
-    classes += [Sampling, Checkpointing, Exporting, *data_classes()]
+    classes: list[Any] = [*OBJECTIVES, *ADAPTERS, pl.Trainer, Sampling, Checkpointing, Exporting, *data_classes()]
     found = {"name", "root", "resume", "ema", "model", "data", "trainer", "sampling", "checkpoint", "export"}
     for kind in classes:
         found |= {p for p in inspect.signature(kind.__init__).parameters if p not in ("self", "args", "kwargs")}
@@ -194,8 +208,7 @@ def known_keys() -> set[str]:
 
 def known_classes() -> set[str]:
     """Short names that a `class_path` of ours may have."""
-    own: list[type] = [Denoising, PriorPreservation, LoRA, KeyValueDelta, TokenEmbedding]
-    return {kind.__name__ for kind in [*own, data_classes()[0]]}
+    return {kind.__name__ for kind in [*OBJECTIVES, *ADAPTERS, data_classes()[0]]}
 
 
 UNKNOWN = (

@@ -65,12 +65,17 @@ class LoadedAdapter(Adapter):
         return self.weights.tokens[token][encoder]
 
     def refresh(self, dtype: torch.dtype) -> None:
-        for layer, shadow in self._shadows.items():
-            if not self.active:
-                shadow.set(self.name, None)
-                continue
-            delta = self.scale * self.delta(layer).to(device_of(shadow.linear))
-            shadow.set(self.name, delta.reshape(shadow.frozen.shape))
+        for layer in self._shadows:
+            self.put(layer)
+
+    def put(self, layer: str) -> None:
+        """Put the layer's present ΔW in place, or take it away while inactive."""
+        shadow = self._shadows[layer]
+        if not self.active:
+            shadow.set(self.name, None)
+            return
+        delta = self.scale * self.delta(layer).to(device_of(shadow.linear))
+        shadow.set(self.name, delta.reshape(shadow.frozen.shape))
 
     def set_active(self, active: bool) -> None:
         if active != self.active:

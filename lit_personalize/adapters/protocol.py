@@ -141,6 +141,9 @@ class Adapter(nn.Module, ABC):
     def refresh(self, dtype: torch.dtype) -> None:
         """Cast the weights once for the coming step; the factors themselves stay fp32."""
 
+    def at(self, progress: float) -> None:
+        """Hear from a sampler, before each prediction, which share of the denoising is done; most do not care."""
+
     def set_active(self, active: bool) -> None:
         """Switch the adapter on or off without touching its factors."""
         self.active = active

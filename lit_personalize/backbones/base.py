@@ -47,6 +47,11 @@ class Conditioning:
         joined = [torch.cat([a, b]) if a is not None and b is not None else None for a, b in pairs]
         return Conditioning(torch.cat([self.states, other.states]), *joined)
 
+    def of(self, rows: Tensor) -> Conditioning:
+        """What samples are told, by their int64 numbers `[N]`."""
+        parts = (None if part is None else part[rows] for part in (self.pooled, self.time_ids))
+        return Conditioning(self.states[rows], *parts)
+
     def zeroed(self, rows: Tensor) -> Conditioning:
         """Zeros in place of the text states and pooled states of the samples that are set in `rows`, bool `[B]`."""
         pooled = None if self.pooled is None else self.pooled.masked_fill(rows[:, None], 0)

@@ -22,8 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Without shards, --generate N lets the base draw the set: litp data retrieve --generate N --help",
     )
     parser.add_argument("--query", action="append", default=[], help="a sentence: 'photo of a cat'; may be repeated")
-    parser.add_argument("--image", action="append", default=[], type=Path,
-                        help="a picture as query, or a folder of pictures that ask together; may be repeated")  # fmt: skip
+    picture = "a picture as query, or a folder of pictures that ask together; may be repeated"
+    parser.add_argument("--image", action="append", default=[], type=Path, help=picture)
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the set")
     _add_encoder(parser)
     wanted = parser.add_argument_group("what is kept")

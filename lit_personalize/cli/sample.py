@@ -14,6 +14,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", default="tinyworld", help='diffusers directory, single file, or "tinyworld"')
     parser.add_argument("--base-config", default=None, help="configs and tokenizers of a single-file base")
     parser.add_argument("--adapter", action="append", default=[], metavar="FILE|FOLDER[@SCALE]", help="may be repeated")
+    parser.add_argument("--k-lora", nargs=2, metavar=("CONTENT", "STYLE"),
+                        help="two LoRAs of which each layer applies one at a time, the style's later")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=6.0)
@@ -49,15 +51,21 @@ def path_and_scale(entry: str) -> tuple[Path, float]:
         raise UsageError(f"--adapter {entry}: {scale!r} behind the @ is no number; write FILE@0.8") from error
 
 
+def exports_of(place: Path) -> Path:
+    """A run's exports, or the file or folder itself."""
+    return place / "exports" if (place / "exports").is_dir() else place
+
+
 def main(arguments: list[str]) -> int:
     options = build_parser().parse_args(arguments)
     configure_logging()
     from PIL import Image
 
+    from lit_personalize.adapters.klora import KLoRA
     from lit_personalize.backbones.loading import load_base
     from lit_personalize.devices import device_of
     from lit_personalize.errors import UsageError
-    from lit_personalize.export.loading import load_adapter
+    from lit_personalize.export.loading import load_adapter, read_adapter
     from lit_personalize.sampling.grid import captioned_grid
     from lit_personalize.sampling.mixing import Mix, Prompt
     from lit_personalize.sampling.sampler import SamplingOptions, generate
@@ -74,8 +82,11 @@ def main(arguments: list[str]) -> int:
     adapters = []
     for entry in options.adapter:
         path, scale = path_and_scale(entry)
-        folder = path / "exports" if (path / "exports").is_dir() else path
-        adapters.append(load_adapter(folder, base, scale, options.force))
+        adapters.append(load_adapter(exports_of(path), base, scale, options.force))
+    if options.k_lora:
+        content, style = (read_adapter(exports_of(Path(p)), base, options.force) for p in options.k_lora)
+        adapters.append(KLoRA(content, style))
+        adapters[-1].attach(base)
     prompts = [p for p in asked for _ in options.seeds]
     seeds = options.seeds * len(asked)
     how = SamplingOptions(options.steps, options.guidance, options.negative, options.scheduler)

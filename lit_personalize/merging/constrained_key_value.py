@@ -6,6 +6,7 @@ states of all concepts to what each concept's own matrix makes of them:
     min ||(W - W0) C_reg^T||_F  subject to  W C^T = V^T
 
 With G = C_reg^T C_reg and D = C G^-1, which no layer changes: W = W0 + (V^T - W0 C^T)(D C^T)^-1 D, a change of rank s.
+Since row i of V is (W0 + ΔW_n) c_i, V^T - W0 C^T is ΔW_n c_i in column i: W0 itself is not needed.
 """
 
 from __future__ import annotations
@@ -41,25 +42,27 @@ class ConstrainedMerge:
         factor, failed = torch.linalg.cholesky_ex(gram)
         pivots = factor.diagonal() ** 2
         if failed or pivots.min() <= SINGULAR * pivots.max():
-            rank = int(torch.linalg.matrix_rank(states))
+            spread = torch.linalg.eigvalsh(gram)
+            rank = int((spread > SINGULAR * spread.max()).sum())
             raise UsageError(
                 f"{len(states)} states of the regularization captions span {rank} of {states.shape[1]} dimensions: "
                 "give more captions, or a ridge such as 1e-6"
             )
-        self.directions = torch.cholesky_solve(self.targets.T, factor).T
-        """D, fp64 `[s, d]`."""
-        inner = self.directions @ self.targets.T
+        directions = torch.cholesky_solve(self.targets.T, factor)
+        inner = directions.T @ self.targets.T
         self._inner, failed = torch.linalg.cholesky_ex((inner + inner.T) / 2)
         pivots = self._inner.diagonal() ** 2
         if failed or pivots.min() <= SINGULAR * pivots.max():
             raise UsageError(f"the {len(targets)} target states depend on each other: give each word once")
+        # D = R^T A: with orthonormal rows of A the factors keep their precision in fp32.
+        basis, self._triangle = torch.linalg.qr(directions)
+        self.down = basis.T.contiguous()
+        """A, fp64 `[s, d]`, the same for every layer."""
 
-    def factors(self, weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """B `[o, s]` and A `[s, d]` with W = W0 + B A, fp64: an exact LoRA of rank s.
+    def up(self, changes: Tensor) -> Tensor:
+        """B `[o, s]` with W = W0 + B A, fp64: an exact LoRA of rank s.
 
         Args:
-            weight: W0 `[o, d]`.
-            values: V `[s, o]`: row i is what the concept of target i makes of it, W_n c_i.
+            changes: `[s, o]`; row i is ΔW_n c_i, by which the concept of target i changes what W0 makes of it.
         """
-        missing = values.double().T - weight.double() @ self.targets.T
-        return torch.cholesky_solve(missing.T, self._inner).T, self.directions
+        return torch.cholesky_solve(changes.double(), self._inner).T @ self._triangle.T

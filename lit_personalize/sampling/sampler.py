@@ -102,7 +102,9 @@ def _denoise(base: Base, prompts: list[Prompt], z: Tensor, options: SamplingOpti
         conditioning = _unconditional(base, options.negative, conditioning).cat(conditioning)
     scheduler = build_scheduler(base, options)
     z = z * scheduler.init_noise_sigma
-    for t in scheduler.timesteps:
+    for number, t in enumerate(scheduler.timesteps):
+        for adapter in base.adapters:
+            adapter.at(number / len(scheduler.timesteps))
         model_input = scheduler.scale_model_input(torch.cat([z, z]) if guided else z, t)
         steps = t.expand(len(model_input)).to(base.device)
         out = base.predict_active(model_input, steps, conditioning)

@@ -84,7 +84,11 @@ def train_pictures(
         seen, right = heads.loss(got, told, whole=True)
         read, _ = heads.loss(wanted, told, whole=True)
         value = 1 - near + contrastive_loss(got, wanted, model.logit_scale, matches) + seen + read + local
-        return value, {"cosine": float(near.detach()), "local": float(local.detach()), "shapes seen": right.get("shape", 0.0)}
+        return value, {
+            "cosine": float(near.detach()),
+            "local": float(local.detach()),
+            "shapes seen": right.get("shape", 0.0),
+        }
 
     modules: dict[str, nn.Module] = {"vision": model.vision_model, "projection": model.visual_projection,
                                      "heads": heads, "to_teacher": to_teacher}  # fmt: skip

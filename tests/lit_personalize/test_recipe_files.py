@@ -10,6 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from lit_personalize.cli.init import METHODS as INIT
 from lit_personalize.cli.init import run_yaml
 from lit_personalize.cli.main import main
 from lit_personalize.recipe_files import RECIPES, names
@@ -95,7 +96,7 @@ def test_the_card_for_every_sdxl_method_keeps_it_small(method: str) -> None:
     assert instances(recipe) == 4, "an optimizer step is that of the smaller cards"
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name.split("/")[0] in INIT])
 def test_init_keeps_the_comments(name: str) -> None:
     method, key = name.split("/")
     text = run_yaml(method, key, Path("photos"), "cat", "<new1>", "", "run")

@@ -1,6 +1,6 @@
 """From the results of `quality` and `effect` to docs/retrieval_quality.md; a test compares both.
 
-    python -m lit_personalize.report.retrieval.pages [--check]
+python -m lit_personalize.report.retrieval.pages [--check]
 """
 
 from __future__ import annotations

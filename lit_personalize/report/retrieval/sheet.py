@@ -34,7 +34,7 @@ class Found(Protocol):
 
 @dataclass(frozen=True)
 class Shown:
-    """A row: how it was asked, what makes a picture relevant, what came, and the folder of pictures that asked, if any."""
+    """A row: how it was asked, what makes a picture relevant, what came, and the folder of pictures that asked."""
 
     title: str
     wanted: Facts

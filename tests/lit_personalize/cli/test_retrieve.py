@@ -172,9 +172,7 @@ def test_wrong_input_is_one_sentence(
     assert last.startswith("litp data: ") and said in last
 
 
-def test_a_bare_text_encoder_on_request(
-    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bare_text_encoder_on_request(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Ranked by the pooled state of the end token, which stock `CLIPTextModel` gives for captions padded to the end."""
     base = committed_weights() / "base"
     asked = command[: command.index("--clip")]

@@ -41,7 +41,9 @@ def test_only_the_picture_tower_moves_and_it_comes_nearer(tmp_path: Path) -> Non
     moved = {name for name in old if not torch.equal(old[name], new[name])}
     assert moved and all(name.startswith(("vision_model.", "visual_projection.")) for name in moved)
     assert torch.allclose(new["visual_projection.weight"], model.visual_projection.weight, atol=1e-3)
-    words = before.texts([f"a {scene.things[0].color} {scene.things[0].shape} on a white background" for scene in scenes])
+    words = before.texts(
+        [f"a {scene.things[0].color} {scene.things[0].shape} on a white background" for scene in scenes]
+    )
     unit = [F.normalize(encoder.clip.images(pictures.pixels), dim=1).numpy() for encoder in (before, after)]
     near = [float((vectors * words).sum(1).mean()) for vectors in unit]
     assert near[1] > near[0] + 0.3

@@ -26,7 +26,9 @@ def test_the_pictures_of_a_query_show_what_it_asks() -> None:
         scenes = scenes_showing(query, number)
         assert len(scenes) == query.pictures and scenes == scenes_showing(query, number)
         assert all(query.facts <= facts(scene) for scene in scenes)
-        assert len(scenes) < 2 or frozenset.intersection(*map(facts, scenes)) < facts(scenes[0]), "nothing else is shared"
+        assert len(scenes) < 2 or frozenset.intersection(*map(facts, scenes)) < facts(scenes[0]), (
+            "nothing else is shared"
+        )
 
 
 def test_words_of_a_query() -> None:

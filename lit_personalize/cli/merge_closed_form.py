@@ -1,0 +1,98 @@
+"""`litp merge closed-form`: concepts of Custom Diffusion into one adapter, without training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from lit_personalize.cli.console import add_device, add_json, configure_logging, emit
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="litp merge closed-form",
+        description="Merge concepts that were learned one by one on cross-attention's K and V (Custom Diffusion). "
+        "What each concept's words mean to its own adapter, they mean to the merged one; other captions change least.",
+    )
+    parser.add_argument("--base", required=True, help='diffusers directory, single file, or "tinyworld"')
+    parser.add_argument("--base-config", help="configs and tokenizers of a single-file base")
+    parser.add_argument("--concept", action="append", nargs=2, default=[], metavar=("FILE|FOLDER", "NOUN"),
+                        help="an adapter or run, and its class noun: runs/cat cat; of a style, a phrase with {}: "
+                        "runs/ink 'painting in the style of {}'; twice or more")  # fmt: skip
+    parser.add_argument("--captions", type=Path, required=True,
+                        help="captions in which nothing should change: a text file with one per line, a shard such as "
+                        "that of `litp data retrieve`, or a folder of shards")  # fmt: skip
+    parser.add_argument("--most", type=int, default=1000, help="captions that are taken, the first ones")
+    parser.add_argument("--ridge", type=float, default=0.0, help="for fewer captions than the states are wide: 1e-6")
+    parser.add_argument("--name", default="merged", help="in the files' metadata")
+    parser.add_argument("--formats", nargs="+", default=["diffusers", "kohya"], help="diffusers kohya peft pipeline")
+    parser.add_argument("--force", action="store_true", help="accept adapters that were made for another base")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the merged adapter")
+    add_json(parser)
+    add_device(parser)
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    options = build_parser().parse_args(arguments)
+    configure_logging()
+    from lit_personalize.backbones.loading import load_base
+    from lit_personalize.devices import device_of
+    from lit_personalize.export.exporter import export
+    from lit_personalize.export.loading import read_adapter
+    from lit_personalize.export.verify import verify
+    from lit_personalize.merging.closed_form import Concept, merge_concepts
+
+    captions = read_captions(options.captions, options.most)
+    base = load_base(options.base, config=options.base_config, device=device_of(options.device))
+    concepts = []
+    for place, phrase in options.concept:
+        folder = Path(place) / "exports" if (Path(place) / "exports").is_dir() else Path(place)
+        concepts.append(Concept(read_adapter(folder, base, options.force), phrase))
+    weights, report = merge_concepts(base, concepts, captions, options.ridge)
+    details = {"merge": "closed-form", **report}
+    files = export(weights, options.output, base, options.name, options.formats, details)
+    prompt = f"a photo of a {' and a '.join(f'{token} {concepts[i].phrase}' for i, token in enumerate(weights.tokens))}"
+    checked = verify(files, base, weights, prompt=prompt)
+    told: dict[str, Any] = {**report, "files": [str(file.path) for file in files]}
+    told["verified"] = f"{len(checked.files)} files, largest error {max(f.largest_error for f in checked.files):.1e}"
+    (options.output / "merge.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    emit(told if options.json else {k: v for k, v in told.items() if k != "files"}, options.json)
+    return 0
+
+
+def read_captions(place: Path, most: int) -> list[str]:
+    """The first captions of a text file, a shard, or a folder of shards.
+
+    Raises:
+        DataError: The place is missing or holds no caption.
+    """
+    from lit_datamodules.tar_index import index_tar, read_member
+    from lit_personalize.errors import DataError
+
+    if place.is_dir():
+        shards = sorted(place.glob("*.tar"))
+    elif place.suffix == ".tar":
+        shards = [place]
+    else:
+        try:
+            lines = [line.strip() for line in place.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read captions from {place}: {error}") from error
+        return _some([line for line in lines if line][:most], place)
+    found: list[str] = []
+    for shard in shards:
+        for entry in index_tar(shard).entries:
+            if "txt" in entry.members and len(found) < most:
+                found.append(read_member(shard, entry.members["txt"]).decode("utf-8", "replace").strip())
+    return _some(found, place)
+
+
+def _some(captions: list[str], place: Path) -> list[str]:
+    from lit_personalize.errors import DataError
+
+    if not captions:
+        raise DataError(f"{place} holds no caption; give a text file with one per line, or shards")
+    return captions
