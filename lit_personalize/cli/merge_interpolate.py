@@ -32,6 +32,7 @@ def main(arguments: list[str]) -> int:
     options = build_parser().parse_args(arguments)
     configure_logging()
     from lit_personalize.backbones.loading import load_base
+    from lit_personalize.cli.sample import exports_of
     from lit_personalize.devices import device_of
     from lit_personalize.errors import UsageError
     from lit_personalize.export.exporter import export
@@ -43,8 +44,7 @@ def main(arguments: list[str]) -> int:
         raise UsageError(f"{options.output} is not an empty folder; name a new one with -o")
     base = load_base(options.base, config=options.base_config, device=device_of(options.device))
     paths = [Path(given) for given in options.adapters]
-    folders = [path / "exports" if (path / "exports").is_dir() else path for path in paths]
-    first, second = (read_adapter(folder, base, options.force) for folder in folders)
+    first, second = (read_adapter(exports_of(path), base, options.force) for path in paths)
     weights = interpolate(first, second, options.alpha, options.token)
     details = {"merge": "interpolate", "of": [str(path) for path in paths], "alpha": options.alpha}
     files = export(weights, options.output, base, options.output.name, options.formats, details)
