@@ -249,3 +249,23 @@ def test_nothing_moves_an_adapter_outside_its_span(
     assert moved["rows"] == [True] * 3 + [False] * 3
     assert moved["lora"] == ([False] * 3 + [True] * 3 if two_stages else [True] * 6)
     assert not token.trains_text and not objective.trains_text, "no gradient is computed for resting rows"
+    objective.training_step(make_batch(objective.built, ["a <new1> cat"]), 0).backward()
+    assert all(p.grad is not None for a in adapters for p in a.factors.values()), "ranks would wait for it"
+
+
+def test_a_resume_that_moves_the_pivot_is_told(
+    tiny_bases: dict[str, Path], make_batch: MakeBatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    objective = Denoising(str(tiny_bases["sd1"]), [TokenEmbedding("<new1>", "cat", span=(0, 0.5))])
+    objective.configure_model()
+    saved: dict[str, Any] = {}
+    batch = make_batch(objective.built, ["a <new1> cat"])
+    trained(objective, batch, 2)
+    objective.on_save_checkpoint(saved)
+    assert saved["litp"]["spans"] == {"token:<new1>": [0, 1]}
+    objective.on_load_checkpoint(saved)
+    trained(objective, batch, 2)
+    assert "when the checkpoint was written" not in caplog.text
+    objective.on_load_checkpoint(saved)
+    trained(objective, batch, 4)
+    assert "token:<new1> trained in steps 0 to 1 when the checkpoint was written and does in 0 to 2" in caplog.text
