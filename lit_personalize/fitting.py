@@ -76,13 +76,15 @@ def name_initial_words(built: Namespace) -> None:
     """
     nouns = {c.token: c.class_noun for c in getattr(built.data, "concepts", ()) if c.token and c.class_noun}
     for adapter in built.model.trained:
-        if getattr(adapter, "init", None) == CLASS:
+        words = getattr(adapter, "init", None)
+        if CLASS in (words if isinstance(words, list) else [words]):
             if adapter.token not in nouns:
                 raise UsageError(
                     f"{adapter.name} has init: {CLASS}, but no concept with a class_noun has this token: set "
                     f"data.concepts[i].token to {adapter.token} and its class_noun, or name an initializer word"
                 )
-            adapter.init = nouns[adapter.token]
+            noun = nouns[adapter.token]
+            adapter.init = [noun if word == CLASS else word for word in words] if isinstance(words, list) else noun
 
 
 def callbacks_of(built: Namespace, run: RunDirectory) -> list[pl.Callback]:

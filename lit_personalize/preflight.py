@@ -7,6 +7,7 @@ from typing import Any
 
 from lit_personalize.adapters.token_embedding import TokenEmbedding
 from lit_personalize.backbones.base import Base
+from lit_personalize.backbones.token_rows import pieces_of
 from lit_personalize.batch import Role
 from lit_personalize.errors import UsageError
 from lit_personalize.objectives.denoising import Denoising
@@ -87,5 +88,5 @@ def trained_tokens(objective: Denoising) -> list[str]:
 
 def is_named(base: Base, caption: str, token: str) -> bool:
     """Whether the first text encoder sees the token in a caption, after any cut to its length."""
-    number = base.tokenizers[0].convert_tokens_to_ids(token)
+    number = base.tokenizers[0].convert_tokens_to_ids((pieces_of(token) or [token])[0])
     return bool((base.tokenize([caption])[0] == number).any())

@@ -29,7 +29,8 @@ def recipe_text(method: str, key: str, base: str, token: str) -> str:
     path = RECIPES / method / f"{key}.yaml"
     if not path.is_file():
         raise UsageError(f"there is no recipe {method}/{key}; recipes: {', '.join(names())}")
-    text = path.read_text(encoding="utf-8").replace("<new1>", token)
+    text = path.read_text(encoding="utf-8")
+    text = text.replace("<new1>", token).replace("<s0><s1>", token)
     return "\n".join(f"    base: {base}" if line.startswith("    base: ") else line for line in text.splitlines())
 
 

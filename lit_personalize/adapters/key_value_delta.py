@@ -44,8 +44,9 @@ class KeyValueDelta(Adapter):
         name: str = "key_value_delta",
         lr: float | None = None,
         weight_decay: float | None = None,
+        span: tuple[float, float] = (0, 1),
     ):
-        super().__init__(name, lr, weight_decay)
+        super().__init__(name, lr, weight_decay, span)
         self.which = which
         self.detach_first_token = detach_first_token
         self._linears: dict[str, nn.Linear] = {}

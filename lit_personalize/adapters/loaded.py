@@ -10,6 +10,7 @@ from torch import Tensor
 from lit_personalize.adapters.protocol import Adapter, AdapterWeights
 from lit_personalize.adapters.shadow import WeightShadow, device_of, matrix_shape, weight_layers
 from lit_personalize.backbones.base import Base
+from lit_personalize.backbones.token_rows import row_names
 from lit_personalize.errors import DataError
 
 
@@ -51,7 +52,7 @@ class LoadedAdapter(Adapter):
         base.register(self)
         self._shadows = {layer: WeightShadow.of(known[layer]) for layer in self.layers()}
         for token, rows in self.weights.tokens.items():
-            names = [token, *(f"{token}_{i}" for i in range(1, len(rows[0])))]
+            names = row_names(token, len(rows[0]))
             for i, tokenizer in enumerate(base.tokenizers):
                 if tokenizer.add_tokens(names) != len(names):
                     raise DataError(f"token {token} is already in the vocabulary of base {base.source}")

@@ -50,8 +50,9 @@ class LoRA(Adapter):
         name: str = "lora",
         lr: float | None = None,
         weight_decay: float | None = None,
+        span: tuple[float, float] = (0, 1),
     ):
-        super().__init__(name, lr, weight_decay)
+        super().__init__(name, lr, weight_decay, span)
         if rank < 1:
             raise UsageError(f"LoRA rank must be at least 1, not {rank}")
         if isinstance(targets, str) and targets not in TARGETS:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_personalize.backbones.base import Base
+from lit_personalize.errors import UsageError
 
 
 @dataclass
@@ -84,13 +85,22 @@ class Adapter(nn.Module, ABC):
         name: Distinguishes adapters on one base.
         lr: Learning rate of this adapter's parameter group; None takes the objective's.
         weight_decay: Likewise.
+        span: From where to where in the training the factors move: shares of it, or, above 1, optimizer steps.
+            Before and after, nothing moves them: no gradient, no moment of the optimizer, no weight decay.
     """
 
-    def __init__(self, name: str, lr: float | None = None, weight_decay: float | None = None):
+    def __init__(
+        self, name: str, lr: float | None = None, weight_decay: float | None = None, span: tuple[float, float] = (0, 1)
+    ):
         super().__init__()
+        if not 0 <= span[0] < span[1]:
+            raise UsageError(f"{name}: span {list(span)} is empty; it goes from one share of the training to a later")
         self.name = name
         self.lr = lr
         self.weight_decay = weight_decay
+        self.span = span
+        self.learning = True
+        """Whether the present step lies in the span."""
         self.active = True
         self.attached = False
         self.factors = nn.ParameterDict()
@@ -110,6 +120,23 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def export_weights(self) -> AdapterWeights:
         """Detached fp32 CPU copies in client-independent form."""
+
+    def span_in_steps(self, steps: int) -> tuple[int, int]:
+        """First optimizer step of the span and the one behind its last, in a training of `steps`."""
+        first, end = (int(x if x > 1 else x * steps + 1e-9) for x in self.span)  # 0.29 * 100 is 28.999...
+        return first, end
+
+    def at_step(self, step: int, steps: int) -> None:
+        """Take up what holds at optimizer step `step` of `steps`; called before every batch."""
+        first, end = self.span_in_steps(steps)
+        self.learning = first <= step < end
+
+    def after_step(self) -> None:
+        """Put the factors right after an optimizer step that moved them."""
+
+    def penalty(self) -> Tensor | None:
+        """A scalar that training adds to its loss, or None."""
+        return None
 
     def refresh(self, dtype: torch.dtype) -> None:
         """Cast the weights once for the coming step; the factors themselves stay fp32."""

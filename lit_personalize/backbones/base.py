@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lit_kernels.attention import AttentionProcessor, install
 from lit_personalize.backbones.fingerprint import weights_identity
 from lit_personalize.backbones.noise import NoiseSchedule
-from lit_personalize.backbones.token_rows import AddedRows
+from lit_personalize.backbones.token_rows import AddedRows, pieces_of, row_names
 from lit_personalize.errors import UsageError
 
 if TYPE_CHECKING:
@@ -126,10 +126,10 @@ class Base(nn.Module):
     # ---- text -------------------------------------------------------------------------------------
 
     def expand(self, caption: str) -> str:
-        """Write out tokens of several vectors: `<t>` becomes `<t> <t>_1 <t>_2`, as diffusers does."""
+        """Write out tokens of several vectors: `<t>` becomes `<t> <t>_1 <t>_2`, as diffusers does; <s0><s1> stays."""
         for token, count in self.vectors_of_token.items():
-            if count > 1 and token in caption and f"{token}_1" not in caption:
-                caption = caption.replace(token, " ".join([token, *(f"{token}_{i}" for i in range(1, count))]))
+            if count > 1 and token in caption and f"{token}_1" not in caption and not pieces_of(token):
+                caption = caption.replace(token, " ".join(row_names(token, count)))
         return caption
 
     def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
@@ -158,6 +158,11 @@ class Base(nn.Module):
     def encode_text(self, input_ids: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Text states `[B, S, E]` and pooled states `[B, P]` (None where the family has none)."""
         raise NotImplementedError
+
+    def shown(self, input_ids: Sequence[Tensor]) -> list[Tensor]:
+        """Ids, one `[B, S]` per tokenizer, without those of rows that are not unlocked yet."""
+        triples = zip(self.added_rows, self.tokenizers, input_ids, strict=True)
+        return [added.shown(ids, tokenizer.pad_token_id) for added, tokenizer, ids in triples]
 
     def condition(self, captions: Sequence[str], time_ids: Tensor | None = None) -> Conditioning:
         """Tokenize and encode captions."""
@@ -279,7 +284,7 @@ class StableDiffusion(Base):
 
     def encode_text(self, input_ids: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Ids, one `[B, S]`, to states `[B, S, E]`; E is 768 for SD1 and 1024 for SD2. There is no pooled state."""
-        return self.text_encoders[0](input_ids[0]).last_hidden_state, None
+        return self.text_encoders[0](self.shown(input_ids)[0]).last_hidden_state, None
 
 
 class StableDiffusionXL(Base):
@@ -291,7 +296,7 @@ class StableDiffusionXL(Base):
     def encode_text(self, input_ids: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Ids, two `[B, S]`, to states `[B, S, 768 + 1280]` and the pooled state `[B, 1280]` of the second encoder."""
         states, pooled = [], None
-        for encoder, ids in zip(self.text_encoders, input_ids, strict=True):
+        for encoder, ids in zip(self.text_encoders, self.shown(input_ids), strict=True):
             out = encoder(ids, output_hidden_states=True)
             states.append(out.hidden_states[-2])
             pooled = out[0]  # the last encoder's `text_embeds`

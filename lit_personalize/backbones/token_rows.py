@@ -7,12 +7,34 @@ matrix is never copied, resized or trained, so this works under every sharding s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
+from lit_personalize.errors import DataError
+
 RowSource = Callable[[], Tensor]
+PIECE = re.compile(r"<[^<>\s]+>")
+
+
+def pieces_of(token: str) -> list[str]:
+    """Names of the rows of a token that is written as all of them, such as <s0><s1>; empty for any other token."""
+    found = PIECE.findall(token)
+    return found if len(found) > 1 and "".join(found) == token else []
+
+
+def row_names(token: str, count: int) -> list[str]:
+    """What the tokenizer calls the rows of a token: `<t>`, `<t>_1`, ... as in diffusers, or the pieces of <s0><s1>.
+
+    Raises:
+        DataError: A token of several pieces has another number of rows.
+    """
+    pieces = pieces_of(token)
+    if pieces and len(pieces) != count:
+        raise DataError(f"token {token} names {len(pieces)} rows, but has {count}; give it a name of one piece")
+    return pieces or [token, *(f"{token}_{i}" for i in range(1, count))]
 
 
 class AddedRows:
@@ -27,6 +49,8 @@ class AddedRows:
         self.first_id = vocabulary
         self.width = embedding.embedding_dim
         self.sources: list[RowSource] = []
+        self.hidden: set[int] = set()
+        """Ids that `shown` leaves out."""
         self._ids: Tensor | None = None
         self._handles = (
             embedding.register_forward_pre_hook(self._look_up_known),
@@ -36,6 +60,19 @@ class AddedRows:
     def add(self, source: RowSource) -> None:
         """Append a source of rows `[n, width]`; its ids follow those added before."""
         self.sources.append(source)
+
+    def hide(self, own: Iterable[int], hidden: Iterable[int]) -> None:
+        """Hide some of the ids of one source, and show its others."""
+        self.hidden = (self.hidden - set(own)) | set(hidden)
+
+    def shown(self, ids: Tensor, pad: int) -> Tensor:
+        """Ids `[B, S]` without the hidden ones: what follows moves up, `pad` fills the end."""
+        if not self.hidden:
+            return ids
+        gone = torch.isin(ids, torch.tensor(sorted(self.hidden), device=ids.device))
+        moved = ids.gather(1, gone.to(torch.uint8).argsort(dim=1, stable=True))
+        left = torch.arange(ids.shape[1], device=ids.device) < (~gone).sum(dim=1, keepdim=True)
+        return torch.where(left, moved, pad)
 
     def remove_hooks(self) -> None:
         for handle in self._handles:

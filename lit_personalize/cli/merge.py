@@ -8,6 +8,7 @@ import importlib
 # mode -> module of lit_personalize.cli, one line of help
 MODES: dict[str, tuple[str, str]] = {
     "closed-form": ("merge_closed_form", "Custom Diffusion's constrained merge of learned concepts, without training"),
+    "interpolate": ("merge_interpolate", "the adapter between two adapters: changes and token rows at a share alpha"),
     "ziplora": ("merge_ziplora", "a subject's and a style's LoRA, the weights of their columns learned (ZipLoRA)"),
 }
 

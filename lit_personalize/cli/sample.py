@@ -20,6 +20,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=6.0)
     parser.add_argument("--negative", default="")
+    parser.add_argument(
+        "--mix", type=float, nargs="+", metavar="ALPHA", default=None,
+        help="draw between two prompts: text states (1 - ALPHA) of the first and ALPHA of the second",
+    )  # fmt: skip
+    parser.add_argument("--slerp", action="store_true", help="mix along the sphere, token by token")
     parser.add_argument("--scheduler", choices=("ddim", "dpm", "euler"), default="ddim")
     parser.add_argument("--resolution", type=int, default=None)
     parser.add_argument("--force", action="store_true", help="accept an adapter that was made for another base")
@@ -59,10 +64,20 @@ def main(arguments: list[str]) -> int:
     from lit_personalize.adapters.klora import KLoRA
     from lit_personalize.backbones.loading import load_base
     from lit_personalize.devices import device_of
+    from lit_personalize.errors import UsageError
     from lit_personalize.export.loading import load_adapter, read_adapter
     from lit_personalize.sampling.grid import captioned_grid
+    from lit_personalize.sampling.mixing import Mix, Prompt
     from lit_personalize.sampling.sampler import SamplingOptions, generate
 
+    asked: list[Prompt] = list(options.prompts)
+    if options.mix is not None:
+        if len(asked) != 2:
+            raise UsageError(f"--mix draws between two prompts, not {len(asked)}")
+        first, second = options.prompts
+        asked = [Mix(first, second, alpha, options.slerp) for alpha in options.mix]
+    elif options.slerp:
+        raise UsageError("--slerp says how --mix goes from one prompt to the other; give --mix 0 0.5 1")
     base = load_base(options.base, config=options.base_config, device=device_of(options.device))
     adapters = []
     for entry in options.adapter:
@@ -72,8 +87,8 @@ def main(arguments: list[str]) -> int:
         content, style = (read_adapter(exports_of(Path(p)), base, options.force) for p in options.k_lora)
         adapters.append(KLoRA(content, style))
         adapters[-1].attach(base)
-    prompts = [p for p in options.prompts for _ in options.seeds]
-    seeds = options.seeds * len(options.prompts)
+    prompts = [p for p in asked for _ in options.seeds]
+    seeds = options.seeds * len(asked)
     how = SamplingOptions(options.steps, options.guidance, options.negative, options.scheduler)
     pictures = generate(base, prompts, seeds, adapters, how, options.resolution)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -81,10 +96,10 @@ def main(arguments: list[str]) -> int:
     for i, pixels in enumerate(pictures):
         path = options.output / f"{i // len(options.seeds):02d}_{seeds[i]}.png"
         Image.fromarray(pixels).save(path)
-        drawn.append({"file": str(path), "prompt": prompts[i], "seed": seeds[i]})
+        drawn.append({"file": str(path), "prompt": str(prompts[i]), "seed": seeds[i]})
     zoom = max(1, 256 // pictures.shape[1])
     grid = options.output / "grid.png"
-    captioned_grid(pictures, prompts, len(options.seeds), zoom).save(grid)
+    captioned_grid(pictures, [str(p) for p in prompts], len(options.seeds), zoom).save(grid)
     if options.json:
         emit({"pictures": drawn, "grid": str(grid)}, True)
     else:

@@ -16,6 +16,7 @@ from PIL import Image
 from lit_personalize import __version__
 from lit_personalize.adapters.protocol import AdapterWeights
 from lit_personalize.backbones.base import Base
+from lit_personalize.backbones.token_rows import pieces_of
 from lit_personalize.errors import DataError
 from lit_personalize.export.exporter import Exported
 from lit_personalize.export.verify import VerifyReport
@@ -46,7 +47,13 @@ def loading_snippet(base: Base, files: Sequence[Exported]) -> str:
         lines.append("pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id")
     pairs = {f.token for f in embeddings if f.encoder is not None}
     for item in embeddings:
-        if base.family != "sdxl":
+        if names := pieces_of(item.token):  # a list of names takes a tensor, one row for each
+            lines += ["from safetensors.torch import load_file", f'rows = load_file("exports/{item.path.name}")']
+            sides = (("clip_l", ""), ("clip_g", "_2")) if base.family == "sdxl" else ((item.token, ""),)
+            for key, side in sides:
+                into = f"text_encoder=pipe.text_encoder{side}, tokenizer=pipe.tokenizer{side}"
+                lines.append(f'pipe.load_textual_inversion(rows["{key}"], token={json.dumps(names)}, {into})')
+        elif base.family != "sdxl":
             lines.append(
                 f'pipe.load_textual_inversion("exports", weight_name="{item.path.name}", token="{item.token}")'
             )

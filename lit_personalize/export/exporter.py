@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lit_personalize.adapters.protocol import AdapterWeights, LowRank
 from lit_personalize.backbones.base import Base
+from lit_personalize.backbones.token_rows import pieces_of
 from lit_personalize.errors import UsageError
 from lit_personalize.export import files, keys
 from lit_personalize.export.factorize import factorize
@@ -174,7 +175,7 @@ def _write_embeddings(
         path = folder / f"learned_embeds{label}.safetensors"
         files.write_safetensors(path, files.learned_embeds(token, rows), described)
         written.append(Exported(path, "embedding", token=token))
-        if len(rows) == 1 or not one_each:
+        if len(rows) == 1 or not one_each or pieces_of(token):  # a file of its own cannot name its rows
             continue
         for i, own in enumerate(rows):
             suffix = "" if i == 0 else f"_{i + 1}"

@@ -16,6 +16,7 @@ from lit_personalize.adapters.loaded import LoadedAdapter
 from lit_personalize.adapters.protocol import AdapterWeights
 from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.loading import load_base
+from lit_personalize.backbones.token_rows import pieces_of
 from lit_personalize.errors import VerificationError
 from lit_personalize.export.exporter import Exported
 from lit_personalize.export.loading import load_adapter, read_adapter
@@ -30,19 +31,23 @@ GUIDANCE = 3.0
 
 
 def place_embedding(pipe: Any, item: Exported, token: str, rows: Sequence[Tensor]) -> None:
-    """Load an embedding as a user would: the file itself for one encoder, `clip_l` and `clip_g` by name for two."""
+    """Load an embedding as a user would: the file itself for one encoder, `clip_l` and `clip_g` by name for two.
+
+    Of a token of several pieces, such as <s0><s1>, each piece becomes the name of a row.
+    """
     if item.encoder is not None:
         tokenizer, encoder = side_of(pipe, item.encoder)
         pipe.load_textual_inversion(
             item.path.parent, weight_name=item.path.name, text_encoder=encoder, tokenizer=tokenizer
         )
-    elif len(rows) == 1:
+    elif len(rows) == 1 and not pieces_of(token):
         pipe.load_textual_inversion(item.path.parent, weight_name=item.path.name, token=token)
     else:
         state = load_file(item.path)
-        for i, key in enumerate(("clip_l", "clip_g")):
+        for i, key in enumerate(("clip_l", "clip_g") if len(rows) == 2 else (token,)):
             tokenizer, encoder = side_of(pipe, i)
-            pipe.load_textual_inversion({token: state[key]}, token=token, text_encoder=encoder, tokenizer=tokenizer)
+            value, name = (state[key], pieces) if (pieces := pieces_of(token)) else ({token: state[key]}, token)
+            pipe.load_textual_inversion(value, token=name, text_encoder=encoder, tokenizer=tokenizer)
 
 
 def compare_pictures(files: Sequence[Exported], base: Base, prompt: str) -> float | None:
@@ -77,9 +82,7 @@ def compare_merged(pipe: Any, base: Base, weights: AdapterWeights, prompt: str, 
     return _compare_on(base.device, pipe, fresh, adapter, prompt, str(path))
 
 
-def _compare_on(
-    device: torch.device, pipe: Any, base: Base, adapter: LoadedAdapter, prompt: str, what: str
-) -> float:
+def _compare_on(device: torch.device, pipe: Any, base: Base, adapter: LoadedAdapter, prompt: str, what: str) -> float:
     """Compare on a device; where two models do not fit into its memory, on the CPU."""
     try:
         pipe.to(device)

@@ -20,6 +20,7 @@ from lit_personalize import atomic
 from lit_personalize.adapters.protocol import AdapterWeights
 from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.loading import PICKLES, config_directory, index_of
+from lit_personalize.backbones.token_rows import row_names
 from lit_personalize.export import keys
 from lit_personalize.export.stock import side_of, stock_pipeline
 
@@ -36,7 +37,7 @@ def merged_pipeline(weights: AdapterWeights, base: Base) -> Any:
         weight = pipe.components[component].get_submodule(path).weight
         weight.add_(weights.delta(layer).reshape(weight.shape))
     for token, rows in weights.tokens.items():
-        names = [token, *(f"{token}_{i}" for i in range(1, len(rows[0])))]
+        names = row_names(token, len(rows[0]))
         for i, new in enumerate(rows):
             tokenizer, encoder = side_of(pipe, i)
             tokenizer.add_tokens(names)

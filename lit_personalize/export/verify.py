@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lit_personalize.adapters.protocol import AdapterWeights
 from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.loading import PICKLES
+from lit_personalize.backbones.token_rows import row_names
 from lit_personalize.errors import VerificationError
 from lit_personalize.export import keys
 from lit_personalize.export.exporter import Exported
@@ -246,7 +247,7 @@ def _check_embedding(item: Exported, base: Base, reference: AdapterWeights | Non
         raise VerificationError(f"{item.path}: the stock client does not load it: {error}") from error
     for i, row in enumerate(rows):
         tokenizer, encoder = side_of(pipe, first + i)
-        ids = tokenizer.convert_tokens_to_ids([token, *(f"{token}_{n}" for n in range(1, len(row)))])
+        ids = tokenizer.convert_tokens_to_ids(row_names(token, len(row)))
         placed = encoder.get_input_embeddings().weight[ids].detach()
         if not torch.equal(placed, row):
             raise VerificationError(f"{item.path}: the client placed other rows for {token}")

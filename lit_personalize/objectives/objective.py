@@ -6,6 +6,7 @@ Subclasses say how a batch becomes a `Loss`; they reach adapters only through th
 from __future__ import annotations
 
 import logging
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -69,6 +70,8 @@ class Objective(pl.LightningModule):
         """Training batches drawn so far; the step that keys every random draw."""
         self.base: Base | None = None
         self._rates: dict[str, float] = {}
+        self._spans: dict[str, list[int]] = {}
+        self._steps = 0
         self._figures: dict[str, Tensor] = {}
 
     @abstractmethod
@@ -134,6 +137,30 @@ class Objective(pl.LightningModule):
         """Build the typed batch, once for this module and all callbacks."""
         return Batch.of(batch).to(device)
 
+    def on_train_start(self) -> None:
+        """Count the optimizer steps of the whole training, of which adapters take their shares."""
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            steps = sys.maxsize
+            if partial := [a.name for a in self.trained if a.span != (0, 1)]:
+                raise UsageError(
+                    f"{partial[0]} trains for a share of the training: set trainer.max_steps or max_epochs"
+                )
+        self._steps = int(steps)
+        spans = {a.name: list(a.span_in_steps(self._steps)) for a in self.trained if a.span != (0, 1)}
+        for name, span in spans.items():
+            if (before := self._spans.get(name, span)) != span:
+                log.warning(
+                    "%s trained in steps %d to %d when the checkpoint was written and does in %d to %d now: the run "
+                    "goes on, but is not the one that it would have been", name, *before, *span,
+                )  # fmt: skip
+        self._spans = spans
+
+    def on_train_batch_start(self, batch: Mapping[str, Any] | Batch, batch_idx: int) -> None:
+        """Tell adapters the optimizer step."""
+        for adapter in self.trained:
+            adapter.at_step(self.trainer.global_step, self._steps)
+
     def training_step(self, batch: Mapping[str, Any] | Batch, batch_idx: int) -> Tensor:
         typed = Batch.of(batch)
         self._refresh()
@@ -141,7 +168,28 @@ class Objective(pl.LightningModule):
         self.draws += 1
         total = loss.reduce()
         self._figures = {"loss": total.detach(), **loss.terms}
+        if penalties := [p for a in self.trained if (p := a.penalty()) is not None]:
+            penalty = torch.stack(penalties).sum()
+            self._figures["penalty"] = penalty.detach()
+            total = total + penalty
+        if resting := [p for a in self.trained if not a.learning for p in a.factors.values()]:
+            # Ranks wait for a gradient of every parameter, also of those that rest and that no state depends on.
+            total = total + 0.0 * torch.stack([p.sum() for p in resting]).sum()
         return total
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the gradients of resting adapters away: an optimizer passes over parameters without one."""
+        for adapter in self.trained:
+            if not adapter.learning:
+                for parameter in adapter.factors.values():
+                    parameter.grad = None
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, and let the adapters that moved put themselves right before anything looks at them."""
+        super().optimizer_step(*args, **kwargs)
+        for adapter in self.trained:
+            if any(p.grad is not None for p in adapter.factors.values()):
+                adapter.after_step()
 
     def on_train_batch_end(self, outputs: Any, batch: Mapping[str, Any] | Batch, batch_idx: int) -> None:
         """Log the step's losses if the loggers write them: `log` takes as long as some layers of a small UNet.
@@ -196,7 +244,7 @@ class Objective(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["litp"] = {
             "draws": self.draws, "base_fingerprint": self.built.fingerprint, "seed": self.seed,
-            "options": self.options(), "lr": self._rates,
+            "options": self.options(), "lr": self._rates, "spans": self._spans,
         }  # fmt: skip
 
     def check_resumable(self, checkpoint: Mapping[str, Any]) -> None:
@@ -234,6 +282,7 @@ class Objective(pl.LightningModule):
         state = checkpoint["litp"]
         self.draws = state["draws"]
         self._rates = dict(state.get("lr", {}))
+        self._spans = dict(state.get("spans", {}))
 
 
 def rates_of(optimizer: torch.optim.Optimizer) -> dict[str, float]:

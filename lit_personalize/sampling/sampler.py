@@ -18,6 +18,7 @@ from lit_personalize import randomness
 from lit_personalize.adapters.protocol import Adapter
 from lit_personalize.backbones.base import Base, Conditioning
 from lit_personalize.errors import UsageError
+from lit_personalize.sampling.mixing import Prompt, condition
 
 SchedulerName = Literal["ddim", "dpm", "euler"]
 
@@ -68,7 +69,7 @@ def start_noise(base: Base, seeds: Sequence[int], resolution: int | None = None)
 @torch.no_grad()
 def generate_latents(
     base: Base,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     seeds: Sequence[int],
     adapters: Sequence[Adapter] | None = None,
     options: SamplingOptions | None = None,
@@ -77,6 +78,7 @@ def generate_latents(
     """Draw one latent per (prompt, seed): `[N, C, h, w]`, scaled.
 
     Args:
+        prompts: Sentences, or a `Mix` of two.
         adapters: Those to apply; None draws from the untouched base.
     """
     options = options or SamplingOptions()
@@ -93,8 +95,8 @@ def generate_latents(
     return torch.cat(latents)
 
 
-def _denoise(base: Base, prompts: list[str], z: Tensor, options: SamplingOptions) -> Tensor:
-    conditioning = base.condition(prompts)
+def _denoise(base: Base, prompts: list[Prompt], z: Tensor, options: SamplingOptions) -> Tensor:
+    conditioning = condition(base, prompts)
     guided = options.guidance != 1
     if guided:
         conditioning = _unconditional(base, options.negative, conditioning).cat(conditioning)
@@ -127,13 +129,13 @@ def _repeat(c: Conditioning, n: int) -> Conditioning:
 
 def generate(
     base: Base,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     seeds: Sequence[int],
     adapters: Sequence[Adapter] | None = None,
     options: SamplingOptions | None = None,
     resolution: int | None = None,
 ) -> np.ndarray:
-    """Draw one picture per (prompt, seed): uint8 `[N, H, W, 3]`."""
+    """Draw one picture per (prompt, seed): uint8 `[N, H, W, 3]`; a prompt is a sentence, or a `Mix` of two."""
     options = options or SamplingOptions()
     latents = generate_latents(base, prompts, seeds, adapters, options, resolution)
     parts = [base.decode(latents[i : i + options.batch_size]) for i in range(0, len(latents), options.batch_size)]
@@ -142,7 +144,7 @@ def generate(
 
 
 def sample(
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     base: str = "tinyworld",
     adapters: Sequence[str | Path] = (),
     seeds: Sequence[int] = (0,),

@@ -76,6 +76,18 @@ def test_textual_inversion_scales_its_rate_by_the_batch(base: str) -> None:
     assert recipe["trainer"]["max_steps"] == 3000
 
 
+@pytest.mark.parametrize("base", ("tinyworld", *REAL))
+def test_pivotal_tuning_pivots_at_the_half(base: str) -> None:
+    """Two rows at random, drawn to the vocabulary's deviation, that rest from the half on; LoRA for all steps."""
+    model = merged(f"pivotal_tuning/{base}")["model"]["init_args"]
+    rows, lora = (adapter["init_args"] for adapter in model["adapters"])
+    assert rows["token"] == "<s0><s1>" and rows["init"] == "RANDOM" and rows["norm"] == "deviation"
+    assert rows["span"] == [0, 0.5] and "span" not in lora and model["snr_gamma"] == 5
+    if base != "tinyworld":
+        assert model["optimizer"]["init_args"]["lr"] == 1e-4
+        assert (rows["lr"], lora["rank"]) == ((3e-4, 32) if base == "sdxl" else (5e-4, 4))
+
+
 @pytest.mark.parametrize("method", sorted({name.split("/")[0] for name in METHODS}))
 def test_the_card_for_every_sdxl_method_keeps_it_small(method: str) -> None:
     recipe = merged(f"{method}/sdxl", "hardware/24gb")

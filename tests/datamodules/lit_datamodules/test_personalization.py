@@ -98,6 +98,19 @@ def test_loader_gives_the_batches_of_the_steps(base: Any, folder: Write, workers
     assert all(same(batch, data.batch_of_step(step)) for step, batch in enumerate(batches))
 
 
+@pytest.mark.parametrize("name", ["object", "style"])
+def test_templates_are_drawn_alike_from_any_cache(base: Any, folder: Write, tmp_path: Path, name: str) -> None:
+    """A function of (seed, step, position): whether latents are cached, in memory or on disk, old or new."""
+    concept = Concept(str(folder()), "cat", "<new1>", prompt=name)
+    options: list[dict[str, Any]] = [{"cache_latents": False}, {}, *[{"cache_dir": str(tmp_path / "cache")}] * 2]
+    ways = [ready(base, concept, flip=True, **option) for option in options]
+    shown = [[Batch.of(data.batch_of_step(step)).captions or [] for step in range(40)] for data in ways]
+    assert all(captions == shown[0] for captions in shown[1:])
+    found = Counter(caption for captions in shown[0] for caption in captions)
+    assert set(found) <= set(ways[0].captions) and len(found) > 12 and max(found.values()) < 16
+    assert shown[0] != [Batch.of(ready(base, concept, seed=1).batch_of_step(s)).captions for s in range(40)]
+
+
 def test_cached_latents_are_those_of_the_pixels(base: Any, folder: Write) -> None:
     concept = Concept(str(folder()), "cat", "<new1>")
     reg = Regularization(folder=str(folder("reg", 3, 8)), prompt="a cat")
