@@ -7,7 +7,7 @@ get a view in the base's dtype once a step, so no activation is ever cast.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -247,7 +247,7 @@ class LoRA(Adapter):
     def _scales(self) -> dict[str, DoraScale]:
         if not self.use_dora:
             return {}
-        return {layer: module.lora_magnitude_vector[self.name] for layer, module in self._peft.items()}  # type: ignore[index]
+        return {n: cast(DoraScale, m.lora_magnitude_vector[self.name]) for n, m in self._peft.items()}  # type: ignore[index]
 
     def _factors(self, layer: str) -> LowRank:
         return LowRank(self.factor(f"{layer}:A"), self.factor(f"{layer}:B"), self._alphas[layer])

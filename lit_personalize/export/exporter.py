@@ -7,8 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
+
+from torch import Tensor
 
 from lit_personalize.adapters.protocol import AdapterWeights, LowRank
+from lit_personalize.adapters.shadow import weight_layers
 from lit_personalize.backbones.base import Base
 from lit_personalize.errors import UsageError
 from lit_personalize.export import files, keys
@@ -125,6 +129,8 @@ def describe(
         ),
         "ss_output_name": name, "ss_resolution": f"({base.resolution}, {base.resolution})",
     }  # fmt: skip
+    if base.zero_terminal_snr:
+        found["ss_zero_terminal_snr"] = "True"
     if tokens:
         found["modelspec.trigger_phrase"] = ", ".join(tokens)
     if "steps" in details:
@@ -213,10 +219,13 @@ def _write_embeddings(
 def _all_low_rank(weights: AdapterWeights, base: Base, max_error: float) -> tuple[dict[str, LowRank], dict[str, float]]:
     """Low-rank layers as they are, dense ones factored; where a layer has both, ranks are concatenated."""
     low_rank, errors = dict(weights.low_rank), {}
-    modules = base.components()
+    shapes = {
+        f"{component}.{path}": cast(Tensor, layer._parameters["weight"]).shape
+        for component, module in base.components().items()
+        for path, layer in weight_layers(module).items()
+    }
     for layer, delta in weights.dense.items():
-        component, path = keys.split(layer)
         factored, errors[layer] = factorize(delta, max_error)
-        factored = factored.shaped(modules[component].get_submodule(path).weight.shape)
+        factored = factored.shaped(shapes[layer])
         low_rank[layer] = low_rank[layer].concatenate(factored) if layer in low_rank else factored
     return low_rank, errors

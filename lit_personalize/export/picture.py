@@ -64,14 +64,14 @@ def compare_pictures(files: Sequence[Exported], base: Base, prompt: str) -> floa
     for item in embeddings:
         ((token, rows),) = read_adapter(item.path, base, force=True).tokens.items()
         place_embedding(pipe, item, token, rows)
-    fresh = load_base(base.source, config=base.config)
+    fresh = load_base(base.source, config=base.config, zero_terminal_snr=base.zero_terminal_snr)
     adapter = load_adapter([f.path for f in chosen], fresh, force=True)
     return _compare_on(base.device, pipe, fresh, adapter, prompt, "the stock pipeline")
 
 
 def compare_merged(pipe: Any, base: Base, weights: AdapterWeights, prompt: str, path: Path) -> float:
     """Likewise for a merged pipeline, against the adapter on the untouched base."""
-    fresh = load_base(base.source, config=base.config)
+    fresh = load_base(base.source, config=base.config, zero_terminal_snr=base.zero_terminal_snr)
     adapter = LoadedAdapter(weights)
     adapter.attach(fresh)
     return _compare_on(base.device, pipe, fresh, adapter, prompt, str(path))
