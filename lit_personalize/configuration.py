@@ -210,7 +210,7 @@ KEY = re.compile(r'Parser key "([\w.]+)":')
 EXPECTED = re.compile(r"Expected an? (?:<class '([\w.]+)'>|typing\.Literal\[([^\]]*)\])")
 REQUIRED = re.compile(r"the following arguments are required: (.+)")
 GIVEN = re.compile(r"(?:Got|Given) value: (.*)")
-MISSING = re.compile(r"No module named '(\w+)")
+MISSING = re.compile(r"(?:No module named '|import of )(\w+)")
 NO_CALLABLE = re.compile(r"expects a function or a callable class: (.+?)\. Got value")
 EXTRAS = {"bitsandbytes": "bitsandbytes", "prodigyopt": "prodigy"}
 """Optional packages by the extra of ours that installs them."""

@@ -13,10 +13,11 @@ METHODS = {
     "textual_inversion": ("Denoising", False, "object"),
     "dreambooth_lora": ("PriorPreservation", True, "photo of a {token} {class}"),
     "lora": ("Denoising", False, "photo of a {class}"),
+    "b_lora": ("Denoising", False, "A {token}"),
 }
 CLASS_PICTURES = "# Pictures of the class with captions, so that the class stays what it is."
-# DreamBooth trains no token row: its word is one that the tokenizer knows, and that few captions hold.
-WORDS = {"dreambooth_lora": "sks"}
+# These train no token row: their word is one that the tokenizer knows, and that few captions hold.
+WORDS = {"dreambooth_lora": "sks", "b_lora": "sks"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,7 +26,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--class-noun", required=True, help="what it is, in one word: cat")
     parser.add_argument("--method", choices=METHODS, default="custom_diffusion")
     parser.add_argument("--base", default="tinyworld", help='diffusers directory, single file, or "tinyworld"')
-    parser.add_argument("--token", default="", help="word for the concept; default: <new1>, for dreambooth_lora sks")
+    parser.add_argument(
+        "--token", default="", help="word for the concept; default: <new1>, for methods that train no word sks"
+    )
     parser.add_argument("--regularization", default="", help="shards, a folder, or a number of pictures to generate")
     parser.add_argument("--name", default="", help="name of the run; default: the folder's name")
     parser.add_argument("--steps", type=int, default=0, help="optimizer steps; default: the recipe's")
