@@ -105,11 +105,22 @@ def _step_of(metadata: Mapping[str, str]) -> str:
 
 
 def load_adapter(paths: Path | Iterable[Path], base: Base, scale: float = 1.0, force: bool = False) -> LoadedAdapter:
-    """Read and attach an adapter; it is active at once."""
+    """Read and attach an adapter; it is active at once.
+
+    Files that say they were trained with zero terminal SNR put a base of v-prediction on that schedule.
+    """
     name = str(paths) if isinstance(paths, Path | str) else "+".join(Path(p).name for p in paths)
-    adapter = LoadedAdapter(read_adapter(paths, base, force), name, scale)
+    files = _expand(paths)
+    adapter = LoadedAdapter(read_adapter(files, base, force), name, scale)
     adapter.attach(base)
+    if base.schedule.prediction_type == "v_prediction" and any(_has_zero_terminal_snr(path) for path in files):
+        base.use_zero_terminal_snr()
     return adapter
+
+
+def _has_zero_terminal_snr(path: Path) -> bool:
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("ss_zero_terminal_snr") == "True"
 
 
 def _expand(paths: Path | Iterable[Path]) -> list[Path]:

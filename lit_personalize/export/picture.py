@@ -19,7 +19,7 @@ from lit_personalize.backbones.loading import load_base
 from lit_personalize.errors import VerificationError
 from lit_personalize.export.exporter import Exported
 from lit_personalize.export.loading import load_adapter, read_adapter
-from lit_personalize.export.stock import side_of, stock_pipeline
+from lit_personalize.export.stock import comparison_scheduler, side_of, stock_pipeline
 from lit_personalize.sampling.sampler import SamplingOptions, generate, start_noise
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ def compare_pictures(files: Sequence[Exported], base: Base, prompt: str) -> floa
         place_embedding(pipe, item, token, rows)
     fresh = load_base(base.source, config=base.config, zero_terminal_snr=base.zero_terminal_snr)
     adapter = load_adapter([f.path for f in chosen], fresh, force=True)
+    pipe.scheduler = comparison_scheduler(fresh.scheduler)  # files may ask for another schedule
     return _compare_on(base.device, pipe, fresh, adapter, prompt, "the stock pipeline")
 
 
@@ -77,9 +78,7 @@ def compare_merged(pipe: Any, base: Base, weights: AdapterWeights, prompt: str, 
     return _compare_on(base.device, pipe, fresh, adapter, prompt, str(path))
 
 
-def _compare_on(
-    device: torch.device, pipe: Any, base: Base, adapter: LoadedAdapter, prompt: str, what: str
-) -> float:
+def _compare_on(device: torch.device, pipe: Any, base: Base, adapter: LoadedAdapter, prompt: str, what: str) -> float:
     """Compare on a device; where two models do not fit into its memory, on the CPU."""
     try:
         pipe.to(device)

@@ -15,10 +15,12 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch.utils.data import DataLoader
 
 from lit_personalize.adapters.lora import LoRA
+from lit_personalize.backbones.loading import load_base
 from lit_personalize.batch import Batch
 from lit_personalize.configuration import parse
 from lit_personalize.errors import UsageError
 from lit_personalize.export.exporter import export
+from lit_personalize.export.loading import load_adapter
 from lit_personalize.export.verify import verify
 from lit_personalize.objectives.denoising import Denoising
 from lit_personalize.objectives.prior_preservation import PriorPreservation
@@ -156,6 +158,11 @@ def test_clients_are_told_of_zero_terminal_snr(tiny_bases: dict[str, Path], tmp_
     assert told["rescale_betas_zero_snr"] and told["timestep_spacing"] == "trailing"
     with safe_open(tmp_path / "run.kohya.safetensors", "pt") as file:
         assert file.metadata()["ss_zero_terminal_snr"] == "True"
+    fresh = load_base(tiny_bases["sd2-v"])
+    verify(files[:1], fresh, prompt="a cat")  # as `litp verify` does
+    assert not fresh.zero_terminal_snr
+    load_adapter(tmp_path / "run.kohya.safetensors", fresh)
+    assert fresh.zero_terminal_snr, "and so do our own samples"
 
 
 # ---- held-out loss -----------------------------------------------------------------------------------
