@@ -223,6 +223,10 @@ KEY = re.compile(r'Parser key "([\w.]+)":')
 EXPECTED = re.compile(r"Expected an? (?:<class '([\w.]+)'>|typing\.Literal\[([^\]]*)\])")
 REQUIRED = re.compile(r"the following arguments are required: (.+)")
 GIVEN = re.compile(r"(?:Got|Given) value: (.*)")
+MISSING = re.compile(r"(?:No module named '|import of )(\w+)")
+NO_CALLABLE = re.compile(r"expects a function or a callable class: (.+?)\. Got value")
+EXTRAS = {"bitsandbytes": "bitsandbytes", "prodigyopt": "prodigy"}
+"""Optional packages by the extra of ours that installs them."""
 NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 
 
@@ -236,6 +240,13 @@ def explain(message: str) -> str:
     key = ".".join(dict.fromkeys(keys))
     if keys and (match := NO_CLASS.search(message)):
         return f"{key}: there is no class {match[1]!r}{suggestion(match[1], known_classes())}"
+    if keys and (match := MISSING.search(message)):
+        extra = EXTRAS.get(match[1])
+        return f"{key}: package {match[1]} is not installed; pip install " + (
+            f"'lit-personalize[{extra}]'" if extra else match[1]
+        )
+    if keys and (match := NO_CALLABLE.search(message)):
+        return f"{key}: {match[1]}"
     if match := REQUIRED.search(message):
         return f"{key or 'the configuration'} lacks {match[1]}; give it a value"
     wanted = [part for kind, choices in EXPECTED.findall(message) for part in (kind or choices).split(", ")]

@@ -174,7 +174,8 @@ def bind_data(built: Namespace) -> None:
         def draw(captions: Sequence[str], seeds: Sequence[int]) -> Any:
             return generate(base, list(captions), list(seeds), None, how, data.resolution)
 
-        data.bind(base, base, draw, f"{base.fingerprint} {base.dtype} {base.vae.dtype} {how}")
+        schedule = " zero terminal SNR" if base.zero_terminal_snr else ""
+        data.bind(base, base, draw, f"{base.fingerprint} {base.dtype} {base.vae.dtype} {how}{schedule}")
 
 
 def prepare_data(built: Namespace, run: RunDirectory) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +37,32 @@ class LowRank:
         """ΔW as a matrix `[out, in]`; of a convolution `[out, in * height * width]`."""
         return (self.alpha / self.rank) * (self.up.flatten(1) @ self.down.flatten(1))
 
+    def shaped(self, weight: torch.Size) -> LowRank:
+        """The same factors for a weight of this shape: of a convolution they are convolutions themselves."""
+        down = self.down.reshape(-1, *weight[1:])
+        return LowRank(down, self.up.reshape(weight[0], -1, *[1] * (len(weight) - 2)), self.alpha)
+
     def concatenate(self, other: LowRank) -> LowRank:
         """The exact sum of two changes: ranks stand side by side, scales are multiplied into `up`."""
         ups = [f.up * (f.alpha / f.rank) for f in (self, other)]
         rank = self.rank + other.rank
         return LowRank(torch.cat([self.down, other.down]), torch.cat(ups, dim=1), float(rank))
+
+
+@dataclass
+class Dora:
+    """One layer whose outputs are rescaled (DoRA, Liu et al., 2024, eq. 5), on the CPU in fp32."""
+
+    factors: LowRank
+    magnitude: Tensor
+    """m `[out]`."""
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """ΔW `[out, in]` on W0 `[out, in]`: m·(W0 + s·B·A) / ‖W0 + s·B·A‖ - W0, the norm without a gradient."""
+        change = self.factors.delta()
+        norm = (weight + change).norm(dim=1).detach()
+        surplus = ((self.magnitude - norm) / norm)[:, None]
+        return surplus * weight + (1 + surplus) * change
 
 
 @dataclass
@@ -52,6 +74,8 @@ class AdapterWeights:
     """ΔW `[out, in]` of layers without low-rank structure."""
     tokens: dict[str, list[Tensor]] = field(default_factory=dict)
     """Token name -> one `[n, d]` per text encoder."""
+    dora: dict[str, Dora] = field(default_factory=dict)
+    """What some of the dense changes are made of, for the format that can say it."""
 
     def layers(self) -> list[str]:
         """Every changed layer."""
@@ -70,12 +94,13 @@ class AdapterWeights:
 
     def merge(self, other: AdapterWeights) -> AdapterWeights:
         """Both sets together; a layer or token in both is an error."""
-        for kind in ("low_rank", "dense", "tokens"):
-            if both := set(getattr(self, kind)) & set(getattr(other, kind)):
+        joined = {}
+        for kind in ("low_rank", "dense", "tokens", "dora"):
+            own, others = getattr(self, kind), getattr(other, kind)
+            if both := set(own) & set(others):
                 raise ValueError(f"two adapters change {sorted(both)[:3]}")
-        return AdapterWeights(
-            {**self.low_rank, **other.low_rank}, {**self.dense, **other.dense}, {**self.tokens, **other.tokens}
-        )
+            joined[kind] = {**own, **others}
+        return AdapterWeights(**joined)
 
 
 class Adapter(nn.Module, ABC):
@@ -137,6 +162,22 @@ class Adapter(nn.Module, ABC):
     def penalty(self) -> Tensor | None:
         """A scalar that training adds to its loss, or None."""
         return None
+
+    @property
+    def shares_layers(self) -> bool:
+        """Whether other adapters may change the same layers; their ΔW add up."""
+        return True
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups for an optimizer, each with a stable name and the options that it has of its own.
+
+        A group may say `lr_ratio`, by which its learning rate is multiplied, whoever sets that.
+        """
+        return [self._group(self.name, list(self.factors.values()))]
+
+    def _group(self, name: str, parameters: list[nn.Parameter], **options: float | None) -> dict[str, Any]:
+        own = {"lr": self.lr, "weight_decay": self.weight_decay, **options}
+        return {"name": name, "params": parameters, **{k: v for k, v in own.items() if v is not None}}
 
     def refresh(self, dtype: torch.dtype) -> None:
         """Cast the weights once for the coming step; the factors themselves stay fp32."""

@@ -97,6 +97,30 @@ class Base(nn.Module):
             _pool_at_end_token(encoder, tokenizer)
             self.added_rows.append(AddedRows(encoder, vocabulary=len(tokenizer)))
 
+    def use_zero_terminal_snr(self) -> None:
+        """Rescale β so that the last step is noise alone, ᾱ = 0 (Lin et al., 2023, arXiv 2305.08891, alg. 1).
+
+        It holds for training and for every sampler made of this base; those begin at the last step then (sec. 3.3).
+
+        Raises:
+            UsageError: The base predicts ε, which at ᾱ = 0 is its own input.
+        """
+        if self.zero_terminal_snr:
+            return
+        if self.schedule.prediction_type == "epsilon":
+            raise UsageError(
+                f"zero_terminal_snr: base {self.source} predicts the noise, and where a picture is noise alone that "
+                "teaches nothing; it is for bases of v-prediction (use noise_offset here)"
+            )
+        changed = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        self.scheduler = type(self.scheduler).from_config(self.scheduler.config, **changed)
+        self.schedule = NoiseSchedule.of_scheduler(self.scheduler)
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether the last step of the schedule is noise alone."""
+        return float(self.schedule.alphas_cumprod[-1]) == 0
+
     def train(self, mode: bool = True) -> Base:
         """Stay in evaluation mode: a frozen base has no dropout and no batch statistics to update."""
         return super().train(False)

@@ -47,6 +47,7 @@ def load_base(
     vae_dtype: str | torch.dtype | None = None,
     config: str | Path | None = None,
     device: str | torch.device = "cpu",
+    zero_terminal_snr: bool = False,
 ) -> Base:
     """Load a base with frozen weights.
 
@@ -56,10 +57,11 @@ def load_base(
         vae_dtype: Of the VAE; by default fp32 for SDXL in fp16 (its VAE overflows there), else `dtype`.
         config: For a single file: a diffusers directory of the same family that gives configs and
             tokenizers, so that nothing is fetched.
+        zero_terminal_snr: See `Base.use_zero_terminal_snr`.
 
     Raises:
         DataError: A part is missing or damaged; the message names it.
-        UsageError: The directory holds another kind of pipeline.
+        UsageError: The directory holds another kind of pipeline, or one that cannot have zero terminal SNR.
     """
     path = resolve(base)
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
@@ -68,6 +70,8 @@ def load_base(
         vae_dtype = torch.float32 if family is StableDiffusionXL and dtype == torch.float16 else dtype
     parts = parts_of(base, config, dtype, DTYPES[vae_dtype] if isinstance(vae_dtype, str) else vae_dtype)
     built = family(**parts, fingerprint=fingerprint_of(path), source=str(base), config=config)
+    if zero_terminal_snr:
+        built.use_zero_terminal_snr()
     return built.to(device)
 
 

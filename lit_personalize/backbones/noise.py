@@ -54,7 +54,11 @@ class NoiseSchedule:
         return alpha / (1 - alpha)
 
     def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
-        """Min-SNR-γ loss weights (Hang et al., 2023, eq. 8 and its v-prediction form), `[B]`."""
+        """Min-SNR-γ loss weights (Hang et al., 2023, eq. 8 and its v-prediction form), `[B]`.
+
+        min(SNR, γ) / SNR of ε, written so that SNR = 0 gives 1; min(SNR, γ) / (SNR + 1) of v.
+        """
         snr = self.snr(t)
-        clipped = torch.clamp(snr, max=gamma)
-        return clipped / snr if self.prediction_type == "epsilon" else clipped / (snr + 1)
+        if self.prediction_type == "epsilon":
+            return torch.clamp(gamma / snr, max=1)
+        return torch.clamp(snr, max=gamma) / (snr + 1)

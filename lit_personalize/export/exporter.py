@@ -7,8 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
+
+from torch import Tensor
 
 from lit_personalize.adapters.protocol import AdapterWeights, LowRank
+from lit_personalize.adapters.shadow import weight_layers
 from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.token_rows import pieces_of
 from lit_personalize.errors import UsageError
@@ -52,9 +56,10 @@ def export(
     """Write `weights` into `folder`.
 
     Args:
-        formats: "diffusers", "kohya" and "peft" write LoRA files (dense changes factored within `max_error`);
-            "delta" the exact dense changes; "pipeline" a merged pipeline. Learned embeddings are always written;
-            for two text encoders one file with both, and with "diffusers" also one file each.
+        formats: "diffusers", "kohya" and "peft" write LoRA files (dense changes factored within `max_error`; of DoRA
+            "peft" writes factors and magnitudes as they are); "delta" the exact dense changes; "pipeline" a merged
+            pipeline. Learned embeddings are always written; for two text encoders one file with both, and with
+            "diffusers" also one file each.
         details: Stored in every file's metadata (recipe, steps, run).
         max_error: Largest relative Frobenius error of a factored layer; 0 keeps every singular value.
 
@@ -67,11 +72,15 @@ def export(
         raise UsageError(f"max_error must be 0 (exact) or positive, not {max_error}")
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Exported] = []
-    if {"diffusers", "kohya", "peft"} & set(formats) and (weights.low_rank or weights.dense):
-        low_rank, errors = _all_low_rank(weights, max_error)
+    chosen = [f for f in ("diffusers", "kohya", "peft") if f in formats]
+    if chosen and (weights.low_rank or weights.dense):
         described = describe(weights, base, name, "lora", details)
-        described["litp.largest_error"] = repr(max(errors.values(), default=0.0))
-        written += _write_loras(low_rank, errors, folder, base, name, formats, described)
+        dora = _components_of_dora(weights) if "peft" in chosen else []
+        written += _write_dora(weights, dora, folder, described)
+        if chosen != ["peft"] or any(keys.split(layer)[0] not in dora for layer in weights.layers()):
+            low_rank, errors = _all_low_rank(weights, base, max_error)
+            described["litp.largest_error"] = repr(max(errors.values(), default=0.0))
+            written += _write_loras(low_rank, errors, folder, base, name, chosen, described, dora)
     written += _write_embeddings(weights, folder, base, name, "diffusers" in formats, details)
     if weights.dense and "delta" in formats:
         path = folder / f"{file_stem(name)}.delta.safetensors"
@@ -121,6 +130,8 @@ def describe(
         ),
         "ss_output_name": name, "ss_resolution": f"({base.resolution}, {base.resolution})",
     }  # fmt: skip
+    if base.zero_terminal_snr:
+        found["ss_zero_terminal_snr"] = "True"
     if tokens:
         found["modelspec.trigger_phrase"] = ", ".join(tokens)
     if "steps" in details:
@@ -136,7 +147,9 @@ def _write_loras(
     name: str,
     formats: Sequence[str],
     described: Mapping[str, str],
+    done: Sequence[str] = (),
 ) -> list[Exported]:
+    """Write factors in every format; PEFT's not for the components that are `done`."""
     written = []
     if "diffusers" in formats:
         tensors, extra = files.diffusers_lora(low_rank)
@@ -152,10 +165,29 @@ def _write_loras(
         path = folder / f"{file_stem(name)}.kohya.safetensors"
         written.append(Exported(files.write_safetensors(path, tensors, {**described, **extra}), "kohya", errors))
     if "peft" in formats:
-        for component in dict.fromkeys(keys.split(layer)[0] for layer in low_rank):
+        for component in (c for c in dict.fromkeys(keys.split(layer)[0] for layer in low_rank) if c not in done):
             path = files.write_peft(folder / "peft" / component, low_rank, component, described)
             own = {layer: e for layer, e in errors.items() if keys.split(layer)[0] == component}
             written.append(Exported(path, "peft", own))
+    return written
+
+
+def _components_of_dora(weights: AdapterWeights) -> list[str]:
+    """Components that PEFT can load with magnitudes: it takes them for all layers of a folder, or for none."""
+    components = dict.fromkeys(keys.split(layer)[0] for layer in weights.dora)
+    return [c for c in components if all(n in weights.dora for n in weights.layers() if keys.split(n)[0] == c)]
+
+
+def _write_dora(
+    weights: AdapterWeights, components: Sequence[str], folder: Path, described: Mapping[str, str]
+) -> list[Exported]:
+    written = []
+    for component in components:
+        own = {layer: dora for layer, dora in weights.dora.items() if keys.split(layer)[0] == component}
+        factors = {layer: dora.factors for layer, dora in own.items()}
+        magnitudes = {layer: dora.magnitude for layer, dora in own.items()}
+        path = files.write_peft(folder / "peft" / component, factors, component, described, magnitudes)
+        written.append(Exported(path, "peft"))
     return written
 
 
@@ -185,10 +217,16 @@ def _write_embeddings(
     return written
 
 
-def _all_low_rank(weights: AdapterWeights, max_error: float) -> tuple[dict[str, LowRank], dict[str, float]]:
+def _all_low_rank(weights: AdapterWeights, base: Base, max_error: float) -> tuple[dict[str, LowRank], dict[str, float]]:
     """Low-rank layers as they are, dense ones factored; where a layer has both, ranks are concatenated."""
     low_rank, errors = dict(weights.low_rank), {}
+    shapes = {
+        f"{component}.{path}": cast(Tensor, layer._parameters["weight"]).shape
+        for component, module in base.components().items()
+        for path, layer in weight_layers(module).items()
+    }
     for layer, delta in weights.dense.items():
         factored, errors[layer] = factorize(delta, max_error)
+        factored = factored.shaped(shapes[layer])
         low_rank[layer] = low_rank[layer].concatenate(factored) if layer in low_rank else factored
     return low_rank, errors

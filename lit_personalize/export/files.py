@@ -74,8 +74,13 @@ def learned_embeds(token: str, rows: list[Tensor]) -> dict[str, Tensor]:
     return {token: rows[0]}
 
 
-def peft_lora(low_rank: Mapping[str, LowRank], component: str) -> tuple[dict[str, Tensor], dict[str, object]]:
+def peft_lora(
+    low_rank: Mapping[str, LowRank], component: str, magnitudes: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, object]]:
     """One component's factors in the keys of `PeftModel`, and its `adapter_config.json` with the true alphas.
+
+    Args:
+        magnitudes: DoRA's m `[out]` of every layer, or nothing.
 
     Module paths are those of the loaded module: PEFT wraps it and knows no other spelling.
     """
@@ -86,6 +91,7 @@ def peft_lora(low_rank: Mapping[str, LowRank], component: str) -> tuple[dict[str
     most = {name: max(set(v.values()), key=list(v.values()).count) for name, v in (("r", ranks), ("alpha", alphas))}
     config = LoraConfig(
         r=most["r"], lora_alpha=most["alpha"], target_modules=sorted(own), inference_mode=True,
+        use_dora=bool(magnitudes),
         rank_pattern={p: r for p, r in ranks.items() if r != most["r"]},
         alpha_pattern={p: a for p, a in alphas.items() if a != most["alpha"]},
     )  # fmt: skip
@@ -93,13 +99,22 @@ def peft_lora(low_rank: Mapping[str, LowRank], component: str) -> tuple[dict[str
     for path, factors in own.items():
         tensors[f"{keys.PEFT_ROOT}{path}.lora_A.weight"] = factors.down
         tensors[f"{keys.PEFT_ROOT}{path}.lora_B.weight"] = factors.up
+        if magnitudes:
+            shape = (-1,) if factors.down.ndim == 2 else (1, -1, *[1] * (factors.down.ndim - 2))
+            tensors[f"{keys.PEFT_ROOT}{path}.{keys.MAGNITUDE}"] = magnitudes[f"{component}.{path}"].reshape(shape)
     described = config.to_dict()
     return tensors, {k: sorted(v) if isinstance(v, set) else v for k, v in described.items()}
 
 
-def write_peft(folder: Path, low_rank: Mapping[str, LowRank], component: str, metadata: Mapping[str, str]) -> Path:
+def write_peft(
+    folder: Path,
+    low_rank: Mapping[str, LowRank],
+    component: str,
+    metadata: Mapping[str, str],
+    magnitudes: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Write `adapter_model.safetensors` and `adapter_config.json`, which `PeftModel.from_pretrained` reads."""
-    tensors, config = peft_lora(low_rank, component)
+    tensors, config = peft_lora(low_rank, component, magnitudes or {})
     write_safetensors(folder / "adapter_model.safetensors", tensors, {**metadata, "litp.component": component})
     atomic.write_text(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
     return folder

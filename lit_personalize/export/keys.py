@@ -12,6 +12,8 @@ from collections.abc import Iterable
 KOHYA_PREFIX = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
 COMPONENTS = tuple(KOHYA_PREFIX)
 PEFT_ROOT = "base_model.model."
+MAGNITUDE = "lora_magnitude_vector"
+"""Of DoRA, in files of PEFT."""
 ATTENTION = re.compile(r"^unet\.(down|mid|up)_blocks?(?:\.(\d+))?\.attentions\.(\d+)\.(.+)$")
 
 

@@ -6,14 +6,14 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_personalize.adapters.loaded import LoadedAdapter
-from lit_personalize.adapters.protocol import AdapterWeights, LowRank
+from lit_personalize.adapters.protocol import AdapterWeights, Dora, LowRank
 from lit_personalize.adapters.shadow import matrix_shape, weight_layers
 from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.loading import PICKLES
@@ -105,11 +105,22 @@ def _step_of(metadata: Mapping[str, str]) -> str:
 
 
 def load_adapter(paths: Path | Iterable[Path], base: Base, scale: float = 1.0, force: bool = False) -> LoadedAdapter:
-    """Read and attach an adapter; it is active at once."""
+    """Read and attach an adapter; it is active at once.
+
+    Files that say they were trained with zero terminal SNR put a base of v-prediction on that schedule.
+    """
     name = str(paths) if isinstance(paths, Path | str) else "+".join(Path(p).name for p in paths)
-    adapter = LoadedAdapter(read_adapter(paths, base, force), name, scale)
+    files = _expand(paths)
+    adapter = LoadedAdapter(read_adapter(files, base, force), name, scale)
     adapter.attach(base)
+    if base.schedule.prediction_type == "v_prediction" and any(_has_zero_terminal_snr(path) for path in files):
+        base.use_zero_terminal_snr()
     return adapter
+
+
+def _has_zero_terminal_snr(path: Path) -> bool:
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("ss_zero_terminal_snr") == "True"
 
 
 def _expand(paths: Path | Iterable[Path]) -> list[Path]:
@@ -145,19 +156,44 @@ def parse(tensors: dict[str, Tensor], metadata: dict[str, str], base: Base, path
     stages = base.unet.config.layers_per_block
     style = "kohya" if any(k.startswith("lora_") for k in tensors) else "portable"
     known = keys.index_by(shapes, len(parts) == 3, style, stages if isinstance(stages, int) else None)
+    magnitudes: dict[str, Tensor] = {}
     if all(k.endswith(".delta") for k in tensors):
         weights = AdapterWeights(dense={_known(k.removesuffix(".delta"), known, path): t for k, t in tensors.items()})
     else:
-        weights = AdapterWeights(low_rank=_parse_lora(tensors, metadata, known, path))
+        factors, magnitudes = _without_magnitudes(tensors, metadata, known, path)
+        weights = AdapterWeights(low_rank=_parse_lora(factors, metadata, known, path))
     _check_shapes(weights, shapes, path)
-    weights.low_rank = {name: _like(f, layers[name].weight.shape) for name, f in weights.low_rank.items()}
+    # Some tools write a linear layer's factors as 1x1 convolutions.
+    weights.low_rank = {name: f.shaped(layers[name].weight.shape) for name, f in weights.low_rank.items()}
+    for layer, magnitude in magnitudes.items():
+        if layer not in weights.low_rank or magnitude.shape != (shapes[layer][0],):
+            raise DataError(f"{path}: the magnitude of {layer} has no factors, or is not one number per output")
+        weights.dora[layer] = Dora(weights.low_rank.pop(layer), magnitude)
+        own = cast(Tensor, layers[layer]._parameters["weight"]).detach().flatten(1).float()
+        weights.dense[layer] = weights.dora[layer].delta(own.cpu())
     return weights
 
 
-def _like(factors: LowRank, shape: torch.Size) -> LowRank:
-    """The factors as those of a weight of this shape: some tools write a linear layer's as 1x1 convolutions."""
-    down = factors.down.reshape(-1, *shape[1:])
-    return LowRank(down, factors.up.reshape(shape[0], -1, *[1] * (len(shape) - 2)), factors.alpha)
+def _without_magnitudes(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], known: Mapping[str, str], path: Path
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The other tensors, and DoRA's m `[out]` by layer."""
+    component = _component_of(metadata, path)
+    found: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name, dot, part = key.removesuffix(".weight").rpartition(".")
+        if dot and part == keys.MAGNITUDE:
+            found[_known(name, known, path, component)] = tensor.float().flatten()
+        else:
+            others[key] = tensor
+    return others, found
+
+
+def _component_of(metadata: Mapping[str, str], path: Path) -> str:
+    """Of a PEFT folder, whose keys name none."""
+    folder = path.parent.name
+    return metadata.get("litp.component") or (folder if folder in keys.COMPONENTS else "unet")
 
 
 def _is_one_embedding(tensors: Mapping[str, Tensor]) -> bool:
@@ -198,8 +234,7 @@ def _known(name: str, known: Mapping[str, str], path: Path, component: str = "un
 def _parse_lora(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], known: Mapping[str, str], path: Path
 ) -> dict[str, LowRank]:
-    folder = path.parent.name
-    default = metadata.get("litp.component") or (folder if folder in keys.COMPONENTS else "unet")
+    default = _component_of(metadata, path)
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key.endswith(".alpha"):
@@ -228,7 +263,7 @@ def _parse_lora(
 
 def _kind_of(key: str) -> str:
     """Name the kind of adapter that a foreign key belongs to."""
-    kinds = {"dora_scale": "DoRA", "magnitude": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT"}
+    kinds = {"dora_scale": "kohya's DoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT"}
     return next((f"; {kind} files are not read" for part, kind in kinds.items() if part in key), "")
 
 

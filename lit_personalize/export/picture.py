@@ -20,7 +20,7 @@ from lit_personalize.backbones.token_rows import pieces_of
 from lit_personalize.errors import VerificationError
 from lit_personalize.export.exporter import Exported
 from lit_personalize.export.loading import load_adapter, read_adapter
-from lit_personalize.export.stock import side_of, stock_pipeline
+from lit_personalize.export.stock import comparison_scheduler, side_of, stock_pipeline
 from lit_personalize.sampling.sampler import SamplingOptions, generate, start_noise
 
 log = logging.getLogger(__name__)
@@ -69,14 +69,15 @@ def compare_pictures(files: Sequence[Exported], base: Base, prompt: str) -> floa
     for item in embeddings:
         ((token, rows),) = read_adapter(item.path, base, force=True).tokens.items()
         place_embedding(pipe, item, token, rows)
-    fresh = load_base(base.source, config=base.config)
+    fresh = load_base(base.source, config=base.config, zero_terminal_snr=base.zero_terminal_snr)
     adapter = load_adapter([f.path for f in chosen], fresh, force=True)
+    pipe.scheduler = comparison_scheduler(fresh.scheduler)  # files may ask for another schedule
     return _compare_on(base.device, pipe, fresh, adapter, prompt, "the stock pipeline")
 
 
 def compare_merged(pipe: Any, base: Base, weights: AdapterWeights, prompt: str, path: Path) -> float:
     """Likewise for a merged pipeline, against the adapter on the untouched base."""
-    fresh = load_base(base.source, config=base.config)
+    fresh = load_base(base.source, config=base.config, zero_terminal_snr=base.zero_terminal_snr)
     adapter = LoadedAdapter(weights)
     adapter.attach(fresh)
     return _compare_on(base.device, pipe, fresh, adapter, prompt, str(path))

@@ -62,6 +62,7 @@ def write_pipeline(weights: AdapterWeights, base: Base, folder: Path) -> Path:
     try:
         merged_pipeline(weights, base).save_pretrained(temporary)
         _take_from_base(config_directory(base.source, base.config), temporary)
+        _take_schedule(base, temporary)
         for file in temporary.rglob("*"):
             atomic.flush(file)
         if folder.exists():
@@ -91,6 +92,20 @@ def _take_from_base(own: Path, folder: Path) -> None:
         index[part] = kind if _copy_part(own / part, folder / part) else [None, None]
     kept = {key: value for key, value in written.items() if key in WRITTEN or key == "_diffusers_version"}
     (folder / "model_index.json").write_text(json.dumps({**index, **kept}, indent=2) + "\n", encoding="utf-8")
+
+
+def _take_schedule(base: Base, folder: Path) -> None:
+    """Put the schedule of training into a pipeline, if that was rescaled: the base's would draw too little contrast."""
+    from diffusers import DDIMScheduler
+
+    own = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    if not base.zero_terminal_snr or own.get("rescale_betas_zero_snr"):
+        return
+    changed = {"clip_sample": False, "set_alpha_to_one": False}
+    shutil.rmtree(folder / "scheduler")
+    DDIMScheduler.from_config(base.scheduler.config, **changed).save_pretrained(folder / "scheduler")
+    index = {**index_of(folder), "scheduler": ["diffusers", "DDIMScheduler"]}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy_part(source: Path, target: Path) -> bool:

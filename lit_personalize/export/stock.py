@@ -15,7 +15,8 @@ def stock_pipeline(base: Base) -> Any:
     parts = parts_of(base.source, base.config)
     encoders, tokenizers = parts.pop("text_encoders"), parts.pop("tokenizers")
     force_zeros = parts.pop("force_zeros_for_empty_prompt")
-    scheduler = comparison_scheduler(parts.pop("scheduler"))
+    del parts["scheduler"]  # the base's own may be rescaled
+    scheduler = comparison_scheduler(base.scheduler)
     common = {**parts, "scheduler": scheduler, "text_encoder": encoders[0], "tokenizer": tokenizers[0]}
     if len(encoders) == 2:
         pipe = StableDiffusionXLPipeline(

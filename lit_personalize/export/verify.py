@@ -162,7 +162,8 @@ def _check_lora(item: Exported, base: Base, reference: AdapterWeights, pipe: Any
     declared = {keys.portable(n): e for n, e in item.errors.items()}
     report = FileReport(item.name, item.kind, len(loaded))
     for name, layer in wanted.items():
-        found, delta = loaded[name].delta(), reference.delta(layer)
+        client = loaded[name]
+        found, delta = client.delta(), _product(reference, layer, client, item)
         error = _relative(found, delta) if float(delta.norm()) else float(found.abs().max())
         allowed = max(TOLERANCE, 1.01 * declared.get(name, 0.0) + TOLERANCE)
         report.largest_error = max(report.largest_error, error)
@@ -175,6 +176,22 @@ def _check_lora(item: Exported, base: Base, reference: AdapterWeights, pipe: Any
     attention = [f"unet.{p}" for p, m in base.unet.named_modules() if isinstance(m, nn.Linear) and ".attn" in p]
     report.coverage = f"{sum(name in loaded for name in attention)}/{len(attention)}"
     return report
+
+
+def _product(reference: AdapterWeights, layer: str, client: _ClientLayer, item: Exported) -> Tensor:
+    """What the client's s·B·A of a layer must be; with a magnitude, that is compared at once.
+
+    Then ΔW is W0's affair, too, which the client may hold in another precision.
+    """
+    if client.magnitude is None:
+        return reference.delta(layer)
+    if layer not in reference.dora:
+        raise VerificationError(f"{item.path}: the client gives {layer} a magnitude, which was not trained")
+    dora = reference.dora[layer]
+    error = _relative(client.magnitude, dora.magnitude)
+    if not error <= TOLERANCE:
+        raise VerificationError(f"{item.path}: the magnitude of {layer} comes back with relative error {error:.1e}")
+    return dora.factors.delta()
 
 
 def _counts(values: Iterator[float] | Iterator[int]) -> dict[str, int]:
@@ -190,6 +207,8 @@ class _ClientLayer:
     down: Tensor
     """A `[R, in]`."""
     scale: float
+    magnitude: Tensor | None = None
+    """m `[out]` of DoRA."""
 
     @property
     def rank(self) -> int:
@@ -209,7 +228,9 @@ def _client_layers(module: nn.Module, component: str, adapter: str) -> Iterator[
             up: Any = layer.lora_B[adapter].weight
             down: Any = layer.lora_A[adapter].weight
             factors = up.detach().flatten(1), down.detach().flatten(1)
-            yield keys.portable(f"{component}.{path}"), _ClientLayer(*factors, float(layer.scaling[adapter]))
+            scaled = layer.lora_magnitude_vector[adapter] if adapter in layer.lora_magnitude_vector else None
+            magnitude = None if scaled is None else scaled.weight.detach().flatten()
+            yield keys.portable(f"{component}.{path}"), _ClientLayer(*factors, float(layer.scaling[adapter]), magnitude)
 
 
 def _load_lora(item: Exported, pipe: Any) -> Iterator[tuple[str, _ClientLayer]]:
@@ -222,8 +243,7 @@ def _load_lora(item: Exported, pipe: Any) -> Iterator[tuple[str, _ClientLayer]]:
 def _load_peft(item: Exported, base: Base, pipe: Any) -> Iterator[tuple[str, _ClientLayer]]:
     from peft import PeftModel
 
-    named = read_adapter(item.path, base, force=True).low_rank
-    component = keys.split(next(iter(named)))[0]
+    component = keys.split(read_adapter(item.path, base, force=True).layers()[0])[0]
     model = PeftModel.from_pretrained(pipe.components[component], item.path, adapter_name="checked")
     yield from _client_layers(model.base_model.model, component, "checked")
 

@@ -34,6 +34,9 @@ class Denoising(Objective):
         caption_dropout: Share of samples whose caption is replaced by what the sampler's unconditional branch is told:
             the empty caption, or zeros where the base says so (SDXL's `force_zeros_for_empty_prompt`).
         timesteps: Range [low, high) from which t is drawn; None is all.
+        zero_terminal_snr: Rescale the noise schedule so that its last step is noise alone (Lin et al., 2023, arXiv
+            2305.08891, alg. 1), in training and in samples; for bases of v-prediction. With `snr_gamma` that step has
+            weight 0.
         seed: Of every random draw of this objective.
         dtype: Of the frozen UNet and text encoders; trained parameters are always fp32.
         vae_dtype: Of the VAE; None is fp32 for SDXL in fp16, else `dtype`.
@@ -56,19 +59,34 @@ class Denoising(Objective):
         vae_dtype: str | None = None,
         base_config: str | None = None,
         gradient_checkpointing: bool = False,
+        zero_terminal_snr: bool = False,
     ):
-        base_options = {"dtype": dtype, "vae_dtype": vae_dtype, "config": base_config}
+        base_options: dict[str, Any] = {"dtype": dtype, "vae_dtype": vae_dtype, "config": base_config}
+        base_options["zero_terminal_snr"] = zero_terminal_snr
         super().__init__(base, adapters, optimizer, lr_scheduler, seed, base_options, gradient_checkpointing)
         self.snr_gamma = snr_gamma
         self.noise_offset = noise_offset
         self.caption_dropout = caption_dropout
         self.timesteps = timesteps
+        self.zero_terminal_snr = zero_terminal_snr
+        if snr_gamma is not None and not snr_gamma > 0:
+            raise UsageError(f"snr_gamma must be positive, or null for none, not {snr_gamma}")
+        if not 0 <= caption_dropout <= 1:
+            raise UsageError(f"caption_dropout is a share between 0 and 1, not {caption_dropout}")
+        if timesteps is not None and not 0 <= timesteps[0] < timesteps[1]:
+            raise UsageError(f"timesteps [{timesteps[0]}, {timesteps[1]}) holds none: give [low, high) with low < high")
         self._states = TextStates()
 
     def options(self) -> dict[str, Any]:
         """What decides the loss besides data and seed, for a checkpoint to note."""
-        names = ("snr_gamma", "noise_offset", "caption_dropout", "timesteps")
+        names = ("snr_gamma", "noise_offset", "caption_dropout", "timesteps", "zero_terminal_snr")
         return {name: getattr(self, name) for name in names}
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        last = len(self.built.schedule)
+        if self.timesteps is not None and self.timesteps[1] > last:
+            raise UsageError(f"timesteps end at {self.timesteps[1]}, and the base's noise schedule at {last}")
 
     # ---- drawing ----------------------------------------------------------------------------------
 

@@ -92,9 +92,19 @@ class Objective(pl.LightningModule):
             base = load_base(self.base_name, **self.base_options)
             for adapter in self.trained:
                 adapter.attach(base, self.seed)
+            self._refuse_shared_layers()
         if self.gradient_checkpointing:
             base.unet.enable_gradient_checkpointing()
         self.base = base
+
+    def _refuse_shared_layers(self) -> None:
+        for alone in (a for a in self.trained if not a.shares_layers):
+            for other in (a for a in self.trained if a is not alone):
+                if both := set(alone.layers()) & set(other.layers()):
+                    raise UsageError(
+                        f"{alone.name} rescales the weights of its layers, and {other.name} changes {min(both)}, too: "
+                        "give them different layers, or do without use_dora"
+                    )
 
     @property
     def built(self) -> Base:
@@ -113,16 +123,26 @@ class Objective(pl.LightningModule):
         return [cast(Adapter, adapter) for adapter in self.adapters]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """One group per adapter, with its name and the options that it has of its own."""
-        groups = []
-        for adapter in self.trained:
-            group: dict[str, Any] = {"name": adapter.name, "params": list(adapter.factors.values())}
-            group.update({k: v for k in ("lr", "weight_decay") if (v := getattr(adapter, k)) is not None})
-            groups.append(group)
-        return groups
+        """The groups of every adapter, in order."""
+        return [group for adapter in self.trained for group in adapter.parameter_groups()]
+
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """A new optimizer over all groups, each at its own learning rate.
+
+        Raises:
+            UsageError: A group asks for a multiple of a learning rate that the optimizer chooses by itself.
+        """
+        optimizer = self.optimizer_factory(self.parameter_groups())
+        for group in optimizer.param_groups:
+            ratio = group.pop("lr_ratio", None)
+            if ratio is not None and group["lr"] is None:
+                raise UsageError(f"{group['name']} has lr_ratio: give the optimizer or the adapter a learning rate")
+            if ratio is not None:
+                group["lr"] *= ratio
+        return optimizer
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer_factory(self.parameter_groups())
+        optimizer = self.build_optimizer()
         self._rates = self._rates or rates_of(optimizer)
         if self.scheduler_factory is None:
             return optimizer
@@ -270,8 +290,14 @@ class Objective(pl.LightningModule):
                     "model.%s was %r when the checkpoint was written and is %r now: the run goes on, "
                     "but is not the one that it would have been", name, before, value,
                 )  # fmt: skip
-        for name, rate in rates_of(self.optimizer_factory(self.parameter_groups())).items():
-            if (kept := state.get("lr", {}).get(name, rate)) != rate:
+        before, now = state.get("lr", {}), rates_of(self.build_optimizer())
+        if before and now and set(before) != set(now):
+            raise UsageError(
+                f"the run was started with the parameter groups {', '.join(before)}, and now has {', '.join(now)}: "
+                "put lr_ratio and block_lr back, or use a new run name"
+            )
+        for name, rate in now.items():
+            if (kept := before.get(name, rate)) != rate:
                 log.warning(
                     "the learning rate of %s was %g when the checkpoint was written and is %g now: the run goes on "
                     "with %g, which the optimizer keeps; use a new run name for another", name, kept, rate, kept,
@@ -286,5 +312,5 @@ class Objective(pl.LightningModule):
 
 
 def rates_of(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Learning rates by the names of the parameter groups."""
-    return {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
+    """Learning rates by the names of the parameter groups; none where the optimizer chooses its own."""
+    return {group["name"]: float(group["lr"]) for group in optimizer.param_groups if group["lr"] is not None}

@@ -165,7 +165,7 @@ def test_sdxl_pools_at_the_end_token(tiny_bases: dict[str, Path]) -> None:
         (lambda: TokenEmbedding("two words", "cat"), "one word without spaces"),
         (lambda: LoRA(rank=0), "rank must be at least 1"),
         (lambda: LoRA(targets="everything"), "unknown LoRA targets"),
-        (lambda: LoRA(targets=["no_such_layer"]), "match no layer"),
+        (lambda: LoRA(targets=["no_such_layer"]), "matches no layer"),
     ],
 )
 def test_bad_options_are_refused(tiny_bases: dict[str, Path], make: Callable[[], Adapter], message: str) -> None:

@@ -222,3 +222,18 @@ def test_without_a_progress_bar(
     capsys.readouterr()
     assert main(["fit", *SMALL, "--sampling.prompts", "[]", "--trainer.enable_progress_bar", "false"]) == 0
     assert "step 3/3" not in capsys.readouterr().err
+
+
+def test_a_moving_average_is_what_is_exported(tiny_bases: dict[str, Path], workplace: Path) -> None:
+    """`ema` exports the average of the factors, not the factors that training goes on with."""
+    assert _init(tiny_bases["sd1"], "lora") == 0
+    assert main(["fit", *SMALL, "--sampling.prompts", "[]", "--ema", "0.5", "--export.formats", "[peft]"]) == 0
+    run = workplace / "runs" / "run"
+    found = checkpoints.find_complete(run / "checkpoints")
+    assert found is not None
+    trained, averaged = (checkpoints.load_state(found.path, averaged=which) for which in (False, True))
+    written = load_file(run / "exports" / "peft" / "unet" / "adapter_model.safetensors")
+    for name, value in averaged.items():
+        layer, _, part = name.removeprefix("adapters.0.factors.unet|").replace("|", ".").rpartition(":")
+        assert torch.equal(written[f"base_model.model.{layer}.lora_{part}.weight"], value)
+    assert any(not torch.equal(trained[name], value) for name, value in averaged.items())

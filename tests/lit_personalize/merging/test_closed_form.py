@@ -60,7 +60,7 @@ def test_words_mean_what_they_meant_to_each_concept(
     assert main([*command, "-o", str(tmp_path / "merged"), "--formats", "diffusers", "kohya", "peft"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["concepts"] == {"<new1>": "cat", "<new2>": "dog"} and report["largest miss of a target"] < 1e-4
-    assert report["rank"] == 2 * 4 + 2 * 3, "words of two sentences each, with the end token; not those before the token"
+    assert report["rank"] == 2 * 4 + 2 * 3, "of two sentences each, with the end token"
     assert report["change on captions"] < report["change on captions by addition"]
 
     base = load_base(path)
