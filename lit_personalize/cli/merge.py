@@ -19,6 +19,8 @@ MODES: dict[str, tuple[str, str]] = {
     "magnitude": ("merge_arithmetic:magnitude", "keep the largest elements, sum"),
     "orthogonal": ("merge_arithmetic:orthogonal", "the sum, later adapters outside the inputs of earlier ones"),
     "magmax": ("merge_arithmetic:magmax", "each element of the adapter that changes it most"),
+    "blora": ("merge_blora", "the content half of one SDXL adapter and the style half of another"),
+    "extract": ("merge_extract", "the difference of a fine-tuned model and its base as a LoRA"),
 }
 
 

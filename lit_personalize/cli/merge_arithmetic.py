@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lit_personalize.cli.console import add_device, add_json, configure_logging
+
+if TYPE_CHECKING:
+    from lit_personalize.merging.arithmetic import Mode
 
 PRUNING = ("ties", "dare", "magnitude")
 
 
-def build_parser(mode: str, text: str) -> argparse.ArgumentParser:
+def build_parser(mode: Mode, text: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"litp merge {mode}", description=text)
     parser.add_argument("adapters", nargs="*", metavar="FILE|FOLDER[@STRENGTH]", help="adapters, or runs")
     add_cut(parser)
@@ -47,11 +50,12 @@ def add_cut(parser: argparse.ArgumentParser) -> None:
     cut.add_argument("--energy", type=float, default=None, help="share of each layer's energy to keep, such as 0.99")
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
+def add_output(parser: argparse.ArgumentParser, adapters: bool = True) -> None:
     """Add what every merge needs to write and verify."""
     parser.add_argument("--base", default="tinyworld", help='diffusers directory, single file, or "tinyworld"')
     parser.add_argument("--base-config", default=None, help="configs and tokenizers of a single-file base")
-    parser.add_argument("--force", action="store_true", help="accept an adapter that was made for another base")
+    if adapters:
+        parser.add_argument("--force", action="store_true", help="accept an adapter that was made for another base")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the files and merge.json")
     parser.add_argument("--formats", nargs="+", default=["diffusers", "kohya"], help="diffusers kohya peft pipeline")
     parser.add_argument("--prompt", default=None, help="of the picture that is compared")
@@ -78,7 +82,7 @@ def renames(entries: list[str]) -> dict[tuple[int, str], str]:
     return found
 
 
-def run(mode: str, text: str, arguments: list[str]) -> int:
+def run(mode: Mode, text: str, arguments: list[str]) -> int:
     given = build_parser(mode, text).parse_args(arguments)
     configure_logging()
     from lit_personalize.backbones.loading import load_base
@@ -119,7 +123,7 @@ def show(report: Any, as_json: bool) -> None:
     print(*(f"{report.output}/{name}" for name in report.files), sep="\n")
 
 
-TEXTS = {
+TEXTS: dict[Mode, str] = {
     "linear": "The weighted sum of adapters, exact at its own rank, or the best of a smaller rank.",
     "concat": "The weighted sum of adapters, exact, with their ranks side by side.",
     "svd": "The weighted sum of adapters at the largest of their ranks, or another; one adapter alone is truncated.",

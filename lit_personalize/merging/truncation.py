@@ -77,8 +77,8 @@ class Factors:
 
     def low_rank(self, shape: torch.Size) -> LowRank:
         """As fp32 factors with alpha = rank of a layer whose weight has this shape."""
-        down = self.down.float().reshape(-1, *shape[1:]).contiguous()
-        up = self.up.float().reshape(shape[0], -1, *[1] * (len(shape) - 2)).contiguous()
+        down = self.down.float().cpu().reshape(-1, *shape[1:]).contiguous()
+        up = self.up.float().cpu().reshape(shape[0], -1, *[1] * (len(shape) - 2)).contiguous()
         return LowRank(down, up, float(self.rank))
 
 
