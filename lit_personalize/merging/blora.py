@@ -80,7 +80,7 @@ def mix(
     if built.family != "sdxl":
         raise UsageError(f"B-LoRA's content and style blocks are those of SDXL; {built.source} is {built.family}")
     sources = read_sources(given, built, (), renames, force)
-    weights = AdapterWeights(tokens=tokens_of(sources, built))
+    weights = AdapterWeights(tokens=tokens_of(sources))
     energy = Energy()
     for which, source in zip(named, sources, strict=True):
         part = half(source, which, scale)

@@ -53,7 +53,7 @@ def merge(
     check_output(Path(output), [path for path, _ in given], formats)
     built = base if isinstance(base, Base) else load_base(base)
     sources = read_sources(given, built, patterns, renames, force)
-    tokens = tokens_of(sources, built)
+    tokens = tokens_of(sources)
     found = combine(mode, sources, weight_shapes(built), how)
     found.weights.tokens = tokens
     defaults = asdict(MergeOptions())

@@ -130,7 +130,7 @@ def read_sources(
         folder = path / "exports" if (path / "exports").is_dir() else path
         own = [b for b in blocks if b.adapter in (None, number)]
         source = Source(str(path), read_adapter(folder, base, force), strength, own)
-        _rename(source, {old: new for (n, old), new in (renames or {}).items() if n == number})
+        _rename(source, {old: new for (n, old), new in (renames or {}).items() if n == number}, base)
         sources.append(source)
     for block in blocks:
         concerned = sources if block.adapter is None else sources[block.adapter - 1 : block.adapter]
@@ -145,38 +145,39 @@ def _names(sources: Iterable[Source]) -> str:
     return " or ".join(source.name for source in sources) or "these adapters"
 
 
-def _rename(source: Source, names: Mapping[str, str]) -> None:
+def _rename(source: Source, names: Mapping[str, str], base: Base) -> None:
     tokens = source.weights.tokens
     if missing := [old for old in names if old not in tokens]:
         raise UsageError(f"{source.name} has no token {missing[0]} to rename; it has {', '.join(tokens) or 'none'}")
-    source.weights.tokens = {names.get(token, token): rows for token, rows in tokens.items()}
+    words = {word for tokenizer in base.tokenizers for word in tokenizer.get_vocab()}
+    for new in names.values():
+        if any(c.isspace() for c in new):
+            raise UsageError(f"token {new!r} must be one word without spaces, such as <new2>")
+        if new in words or f"{new.lower()}</w>" in words:
+            raise UsageError(f"token {new!r} is in the vocabulary of {base.source} already; choose another")
+    renamed = [names.get(token, token) for token in tokens]
+    if twice := [token for token in renamed if renamed.count(token) > 1]:
+        raise UsageError(f"{source.name} would have two tokens {twice[0]}; choose another name")
+    source.weights.tokens = dict(zip(renamed, tokens.values(), strict=True))
 
 
-def tokens_of(sources: Sequence[Source], base: Base | None = None) -> dict[str, list[Tensor]]:
+def tokens_of(sources: Sequence[Source]) -> dict[str, list[Tensor]]:
     """The tokens of all adapters; the same token with the same rows counts once.
 
     Raises:
-        UsageError: A new name is no free word of the base's vocabulary.
         DataError: Two adapters have a token of one name.
     """
     found: dict[str, list[Tensor]] = {}
-    owner: dict[str, tuple[int, Source]] = {}
+    owner: dict[str, str] = {}
     for number, source in enumerate(sources, 1):
         for token, rows in source.weights.tokens.items():
-            if any(c.isspace() for c in token) or not token:
-                raise UsageError(f"token {token!r} must be one word without spaces, such as <new2>")
-            taken = [t for t in base.tokenizers if token in t.get_vocab()] if base is not None else []
-            if taken:
-                raise UsageError(f"token {token!r} is in the vocabulary of the base already; choose another")
-            same = token in found and len(found[token]) == len(rows)
-            if same and all(map(torch.equal, found[token], rows)):
-                continue
-            if token in found:
+            if token not in found:
+                found[token], owner[token] = rows, source.name
+            elif len(found[token]) != len(rows) or not all(map(torch.equal, found[token], rows)):
                 raise DataError(
-                    f"token {token} is in {owner[token][1].name} and, with other rows, in {source.name}; "
+                    f"token {token} is in {owner[token]} and, with other rows, in {source.name}; "
                     f"rename one: --rename '{number}:{token}=<other>'"
                 )
-            found[token], owner[token] = rows, (number, source)
     return found
 
 
