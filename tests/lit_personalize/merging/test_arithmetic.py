@@ -153,7 +153,9 @@ def test_dare_keeps_a_share_rescaled_and_its_mean_is_the_sum(sources: list[Sourc
         found.append(merged.weights.delta(LINEAR))
     one, two = (exact(s, LINEAR) for s in pair)
     possible = torch.stack([torch.zeros_like(one), 2 * one, 2 * two, 2 * one + 2 * two])
-    assert float((possible - found[0]).abs().min(0).values.max()) < 1e-4  # each element is kept twice as large, or not
+    nearest = (possible - found[0]).abs().min(0)
+    assert float(nearest.values.max()) < 1e-4  # each element is kept twice as large, or not
+    assert set(nearest.indices.flatten().tolist()) == {0, 1, 2, 3}  # of each adapter by itself
     assert not torch.equal(found[0], found[1])
     noise = (4 * 0.25 * (one**2 + two**2)).sqrt() / 200**0.5
     assert float((torch.stack(found).double().mean(0) - one - two).abs().div(noise).max()) < 4.5
@@ -172,9 +174,10 @@ def test_dare_with_election_merges_what_agrees() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "theirs"), [("ties", "ties"), ("magnitude", "magnitude_prune"), ("ties", "ties_svd"), ("svd", "svd")]
+    ("mode", "theirs", "second"),
+    [("ties", "ties", 1.0), ("magnitude", "magnitude_prune", -0.5), ("ties", "ties_svd", 1.0), ("svd", "svd", -0.5)],
 )
-def test_peft_merges_the_same(mode: str, theirs: str) -> None:
+def test_peft_merges_the_same(mode: str, theirs: str, second: float) -> None:
     """`LoraModel.add_weighted_adapter`: on factors; its `..._svd` on the change."""
     from peft import LoraConfig, get_peft_model
 
@@ -186,9 +189,9 @@ def test_peft_merges_the_same(mode: str, theirs: str) -> None:
     for name in ("one", "two"):
         nn.init.normal_(layer.lora_B[name].weight)
         pair = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
-        given.append(Source(name, AdapterWeights({LINEAR: LowRank(*pair, 3.0)})))
+        given.append(Source(name, AdapterWeights({LINEAR: LowRank(*pair, 3.0)}), second if name == "two" else 1.0))
     density = None if mode == "svd" else 0.4
-    model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "m", theirs, density=density, svd_rank=2)
+    model.add_weighted_adapter(["one", "two"], [1.0, second], "m", theirs, density=density, svd_rank=2)
     on = "factors" if theirs in ("ties", "magnitude_prune") else "change"
     options = MergeOptions(density=density, on=on, rank=None if on == "factors" else 2)
     ours = combine(mode, given, SHAPES, options)
@@ -200,12 +203,15 @@ def test_peft_merges_the_same(mode: str, theirs: str) -> None:
 def test_orthogonal_leaves_earlier_inputs_alone(sources: list[Source]) -> None:
     merged = combine("orthogonal", sources, SHAPES, MergeOptions())
     for layer in (TALL, CONV):
-        first, second = exact(sources[0], layer), exact(sources[1], layer)
-        u = torch.linalg.svd(first, full_matrices=False)[2][:2]
+        expected, seen = torch.zeros(()), torch.zeros(SHAPES[layer][1:].numel(), 0).double()
+        for source in (s for s in sources if layer in s.weights.layers()):
+            change = exact(source, layer)
+            expected = expected + change - change @ seen @ seen.T
+            seen = torch.linalg.svd(torch.cat([seen.T, change]))[2][: seen.shape[1] + source.rank(layer)].T
         delta = merged.weights.delta(layer).double()
-        agree(delta @ u.T, first @ u.T)  # where the first adapter acts, it acts alone
-        if layer == TALL:
-            agree(delta, first + second - second @ u.T @ u)
+        agree(delta, expected)
+        alone = torch.linalg.svd(exact(sources[0], layer))[2][:2].T
+        agree(delta @ alone, exact(sources[0], layer) @ alone)  # where the first adapter acts, it acts alone
     assert merged.left is not None and merged.left[0] == 1 and 0 < merged.left[1] < 1
     both = [adapter("a"), Source("same", adapter("x").weights)]
     both[1].weights = both[0].weights
