@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "fit": ("lit_personalize.fitting", "fit"),
     "sample": ("lit_personalize.sampling.sampler", "sample"),
+    "merge": ("lit_personalize.merging.merge", "merge"),
     "evaluate": ("lit_personalize.metrics.evaluation", "evaluate"),
     "export_adapter": ("lit_personalize.export.exporter", "export"),
     "verify": ("lit_personalize.export.verify", "verify"),

@@ -50,6 +50,9 @@ TABLE = {
     "litp fit -c custom_diffusion/sd15 -c hardware/12gb -c mine.yaml": Shown(
         f"{TINY} --trainer.accumulate_grad_batches 1", ("runs/mine/exports/verify.json",)
     ),
+    "litp merge": Shown(
+        "svd runs/photos --rank 1 --base /models/stable-diffusion-v1-5 -o merged", ("merged/merge.json",)
+    ),
     "litp evaluate": Shown(
         "--base /models/stable-diffusion-v1-5 --adapter runs/photos --references photos --clip clip --steps 2 "
         "--prompts 'a <new1> dog' 'a <new1> dog on the beach' --seeds 0 1 -o report.json",
