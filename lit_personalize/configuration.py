@@ -20,6 +20,7 @@ import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lit_personalize.adapters.full_weights import FullWeights
 from lit_personalize.adapters.key_value_delta import KeyValueDelta
 from lit_personalize.adapters.lora import LoRA
 from lit_personalize.adapters.token_embedding import TokenEmbedding
@@ -28,6 +29,9 @@ from lit_personalize.list_replacement import replace_lists
 from lit_personalize.objectives.denoising import Denoising
 from lit_personalize.objectives.prior_preservation import PriorPreservation
 from lit_personalize.recipe_files import RECIPES, names
+
+ADAPTERS: tuple[type, ...] = (LoRA, KeyValueDelta, TokenEmbedding, FullWeights)
+"""Imported here, so that YAML may use their short names."""
 
 
 @dataclass
@@ -66,6 +70,8 @@ class Exporting:
     )
     max_error: float = 1e-3
     """Largest relative error of dense changes written as LoRA; 0 keeps them exact."""
+    max_rank: int | None = None
+    """Bound on the rank of such a LoRA, which goes before max_error; what it costs is declared in the file."""
     verify: bool = True
     """Reload every file through the stock client and compare."""
     license: str = ""
@@ -184,7 +190,7 @@ def _readable(path: Path) -> Path:
 
 def known_keys() -> set[str]:
     """Every option name that a configuration may contain, for suggestions."""
-    classes: list[Any] = [Denoising, PriorPreservation, LoRA, KeyValueDelta, TokenEmbedding, pl.Trainer]
+    classes: list[Any] = [Denoising, PriorPreservation, *ADAPTERS, pl.Trainer]
     classes += [Sampling, Checkpointing, Exporting, *data_classes()]
     found = {"name", "root", "resume", "ema", "model", "data", "trainer", "sampling", "checkpoint", "export"}
     for kind in classes:
@@ -194,7 +200,7 @@ def known_keys() -> set[str]:
 
 def known_classes() -> set[str]:
     """Short names that a `class_path` of ours may have."""
-    own: list[type] = [Denoising, PriorPreservation, LoRA, KeyValueDelta, TokenEmbedding]
+    own: list[type] = [Denoising, PriorPreservation, *ADAPTERS]
     return {kind.__name__ for kind in [*own, data_classes()[0]]}
 
 

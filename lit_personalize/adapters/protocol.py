@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,11 @@ class LowRank:
         """ΔW as a matrix `[out, in]`; of a convolution `[out, in * height * width]`."""
         return (self.alpha / self.rank) * (self.up.flatten(1) @ self.down.flatten(1))
 
+    def shaped(self, shape: Sequence[int]) -> LowRank:
+        """The factors as those of a weight `[out, in]` or `[out, in, height, width]` of this shape."""
+        down = self.down.reshape(-1, *shape[1:])
+        return LowRank(down, self.up.reshape(shape[0], -1, *[1] * (len(shape) - 2)), self.alpha)
+
     def concatenate(self, other: LowRank) -> LowRank:
         """The exact sum of two changes: ranks stand side by side, scales are multiplied into `up`."""
         ups = [f.up * (f.alpha / f.rank) for f in (self, other)]
@@ -49,6 +54,8 @@ class AdapterWeights:
     low_rank: dict[str, LowRank] = field(default_factory=dict)
     dense: dict[str, Tensor] = field(default_factory=dict)
     """ΔW `[out, in]` of layers without low-rank structure."""
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    """Changes of biases, norms and embeddings in their own shapes, by full name (`unet.conv_in.bias`)."""
     tokens: dict[str, list[Tensor]] = field(default_factory=dict)
     """Token name -> one `[n, d]` per text encoder."""
 
@@ -69,12 +76,13 @@ class AdapterWeights:
 
     def merge(self, other: AdapterWeights) -> AdapterWeights:
         """Both sets together; a layer or token in both is an error."""
-        for kind in ("low_rank", "dense", "tokens"):
-            if both := set(getattr(self, kind)) & set(getattr(other, kind)):
+        merged = AdapterWeights()
+        for kind in (f.name for f in fields(self)):
+            own, others = getattr(self, kind), getattr(other, kind)
+            if both := set(own) & set(others):
                 raise ValueError(f"two adapters change {sorted(both)[:3]}")
-        return AdapterWeights(
-            {**self.low_rank, **other.low_rank}, {**self.dense, **other.dense}, {**self.tokens, **other.tokens}
-        )
+            setattr(merged, kind, {**own, **others})
+        return merged
 
 
 class Adapter(nn.Module, ABC):

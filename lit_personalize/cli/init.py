@@ -12,11 +12,12 @@ METHODS = {
     "custom_diffusion": ("PriorPreservation", True, "photo of a {token} {class}"),
     "textual_inversion": ("Denoising", False, "object"),
     "dreambooth_lora": ("PriorPreservation", True, "photo of a {token} {class}"),
+    "dreambooth": ("PriorPreservation", True, "photo of a {token} {class}"),
     "lora": ("Denoising", False, "photo of a {class}"),
 }
 CLASS_PICTURES = "# Pictures of the class with captions, so that the class stays what it is."
 # DreamBooth trains no token row: its word is one that the tokenizer knows, and that few captions hold.
-WORDS = {"dreambooth_lora": "sks"}
+WORDS = {"dreambooth_lora": "sks", "dreambooth": "sks"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--class-noun", required=True, help="what it is, in one word: cat")
     parser.add_argument("--method", choices=METHODS, default="custom_diffusion")
     parser.add_argument("--base", default="tinyworld", help='diffusers directory, single file, or "tinyworld"')
-    parser.add_argument("--token", default="", help="word for the concept; default: <new1>, for dreambooth_lora sks")
+    parser.add_argument("--token", default="", help="word for the concept; default: <new1>, sks where none trains")
     parser.add_argument("--regularization", default="", help="shards, a folder, or a number of pictures to generate")
     parser.add_argument("--name", default="", help="name of the run; default: the folder's name")
     parser.add_argument("--steps", type=int, default=0, help="optimizer steps; default: the recipe's")

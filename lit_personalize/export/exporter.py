@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lit_personalize.adapters.protocol import AdapterWeights, LowRank
+from lit_personalize.adapters.shadow import weight_layers
 from lit_personalize.backbones.base import Base
 from lit_personalize.errors import UsageError
 from lit_personalize.export import files, keys
 from lit_personalize.export.factorize import factorize
 
+log = logging.getLogger(__name__)
 FORMATS = ("diffusers", "kohya", "peft", "delta", "pipeline")
 
 
@@ -29,6 +32,8 @@ class Exported:
     token: str = ""
     encoder: int | None = None
     """Which text encoder an embedding file is for; None where one file serves all."""
+    left_out: str = ""
+    """What a LoRA file cannot hold of the change, in words."""
     folder: Path | None = None
     """The export's folder, which `name` leaves out."""
 
@@ -47,6 +52,7 @@ def export(
     formats: Sequence[str] = ("diffusers", "kohya"),
     details: Mapping[str, object] | None = None,
     max_error: float = 1e-3,
+    max_rank: int | None = None,
 ) -> list[Exported]:
     """Write `weights` into `folder`.
 
@@ -56,26 +62,35 @@ def export(
             for two text encoders one file with both, and with "diffusers" also one file each.
         details: Stored in every file's metadata (recipe, steps, run).
         max_error: Largest relative Frobenius error of a factored layer; 0 keeps every singular value.
+        max_rank: Bound on the rank of a factored layer, which goes before `max_error`; the error is declared.
 
     Raises:
-        UsageError: An unknown format, or a negative `max_error`.
+        UsageError: An unknown format, a negative `max_error`, or a `max_rank` below 1.
     """
     if unknown := [f for f in formats if f not in FORMATS]:
         raise UsageError(f"unknown export format {unknown[0]!r}; use {', '.join(FORMATS)}")
     if not max_error >= 0:
         raise UsageError(f"max_error must be 0 (exact) or positive, not {max_error}")
+    if max_rank is not None and max_rank < 1:
+        raise UsageError(f"max_rank must be at least 1 (or null for no bound), not {max_rank}")
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Exported] = []
     if {"diffusers", "kohya", "peft"} & set(formats) and (weights.low_rank or weights.dense):
-        low_rank, errors = _all_low_rank(weights, max_error)
+        low_rank, errors = _all_low_rank(weights, base, max_error, max_rank)
         described = describe(weights, base, name, "lora", details)
         described["litp.largest_error"] = repr(max(errors.values(), default=0.0))
-        written += _write_loras(low_rank, errors, folder, base, name, formats, described)
+        left_out = _left_out(weights)
+        if left_out:
+            described["litp.left_out"] = left_out
+            log.warning("a LoRA file leaves out %s; the formats pipeline and delta hold them", left_out)
+        loras = _write_loras(low_rank, errors, folder, base, name, formats, described)
+        written += [replace(item, left_out=left_out) for item in loras]
     written += _write_embeddings(weights, folder, base, name, "diffusers" in formats, details)
-    if weights.dense and "delta" in formats:
+    if (weights.dense or weights.parameters) and "delta" in formats:
         path = folder / f"{file_stem(name)}.delta.safetensors"
         described = describe(weights, base, name, "delta", details)
-        written.append(Exported(files.write_safetensors(path, files.dense_deltas(weights.dense), described), "delta"))
+        changes = files.dense_deltas({**weights.dense, **weights.parameters})
+        written.append(Exported(files.write_safetensors(path, changes, described), "delta"))
     if "pipeline" in formats:
         from lit_personalize.export.pipeline import write_pipeline
 
@@ -184,10 +199,29 @@ def _write_embeddings(
     return written
 
 
-def _all_low_rank(weights: AdapterWeights, max_error: float) -> tuple[dict[str, LowRank], dict[str, float]]:
+def _left_out(weights: AdapterWeights) -> str:
+    """The share of the change that is in no layer's matrix, by number and by squared size; "" if there is none."""
+    changed = list(weights.parameters.values())
+    if not changed:
+        return ""
+    matrices = list(weights.deltas().values())
+    numbers = [sum(t.numel() for t in part) for part in (changed, matrices)]
+    squares = [sum(float(t.double().square().sum()) for t in part) for part in (changed, matrices)]
+    shares = [part[0] / (sum(part) or 1) for part in (numbers, squares)]
+    return (
+        f"the changes of {len(changed)} parameters such as biases, norms and embeddings "
+        f"({shares[0]:.2%} of the weights, {shares[1]:.2%} of the squared change)"
+    )
+
+
+def _all_low_rank(
+    weights: AdapterWeights, base: Base, max_error: float, max_rank: int | None
+) -> tuple[dict[str, LowRank], dict[str, float]]:
     """Low-rank layers as they are, dense ones factored; where a layer has both, ranks are concatenated."""
     low_rank, errors = dict(weights.low_rank), {}
+    layers = {f"{c}.{p}": m for c, module in base.components().items() for p, m in weight_layers(module).items()}
     for layer, delta in weights.dense.items():
-        factored, errors[layer] = factorize(delta, max_error)
+        factored, errors[layer] = factorize(delta, max_error, max_rank)
+        factored = factored.shaped(layers[layer].weight.shape)
         low_rank[layer] = low_rank[layer].concatenate(factored) if layer in low_rank else factored
     return low_rank, errors

@@ -105,6 +105,6 @@ def write_peft(folder: Path, low_rank: Mapping[str, LowRank], component: str, me
     return folder
 
 
-def dense_deltas(dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`{<portable layer>.delta: ΔW [out, in]}`, for our own reader; no stock client has a format for them."""
-    return {f"{keys.portable(layer)}.delta": delta for layer, delta in dense.items()}
+def dense_deltas(changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`{<portable name>.delta: change}` of layers `[out, in]` and of other parameters; for our own reader alone."""
+    return {f"{keys.portable(name)}.delta": change for name, change in changes.items()}

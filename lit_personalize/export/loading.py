@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_personalize.adapters.loaded import LoadedAdapter
 from lit_personalize.adapters.protocol import AdapterWeights, LowRank
-from lit_personalize.adapters.shadow import matrix_shape, weight_layers
+from lit_personalize.adapters.shadow import all_parameters, matrix_shape, weight_layers
 from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.loading import PICKLES
 from lit_personalize.errors import DataError
@@ -146,18 +146,34 @@ def parse(tensors: dict[str, Tensor], metadata: dict[str, str], base: Base, path
     style = "kohya" if any(k.startswith("lora_") for k in tensors) else "portable"
     known = keys.index_by(shapes, len(parts) == 3, style, stages if isinstance(stages, int) else None)
     if all(k.endswith(".delta") for k in tensors):
-        weights = AdapterWeights(dense={_known(k.removesuffix(".delta"), known, path): t for k, t in tensors.items()})
+        weights = _parse_deltas(tensors, known, parts, path)
     else:
         weights = AdapterWeights(low_rank=_parse_lora(tensors, metadata, known, path))
     _check_shapes(weights, shapes, path)
-    weights.low_rank = {name: _like(f, layers[name].weight.shape) for name, f in weights.low_rank.items()}
+    # Some tools write a linear layer's factors as 1x1 convolutions.
+    weights.low_rank = {name: f.shaped(layers[name].weight.shape) for name, f in weights.low_rank.items()}
     return weights
 
 
-def _like(factors: LowRank, shape: torch.Size) -> LowRank:
-    """The factors as those of a weight of this shape: some tools write a linear layer's as 1x1 convolutions."""
-    down = factors.down.reshape(-1, *shape[1:])
-    return LowRank(down, factors.up.reshape(shape[0], -1, *[1] * (len(shape) - 2)), factors.alpha)
+def _parse_deltas(
+    tensors: Mapping[str, Tensor], layers: Mapping[str, str], parts: Mapping[str, nn.Module], path: Path
+) -> AdapterWeights:
+    """Changes of whole layers, and of other parameters by their full names."""
+    weights = AdapterWeights()
+    shapes = {f"{c}.{p}": getattr(*found).shape for c, m in parts.items() for p, found in all_parameters(m).items()}
+    others = keys.index_by(shapes, False, "portable")
+    for key, tensor in tensors.items():
+        name = key.removesuffix(".delta")
+        if name in layers or name not in others:
+            weights.dense[_known(name, layers, path)] = tensor.float()
+        elif tensor.shape != shapes[others[name]]:
+            raise DataError(
+                f"{path}: {name} is {tuple(tensor.shape)}, the base has {tuple(shapes[others[name]])}; "
+                "the file was made for another base"
+            )
+        else:
+            weights.parameters[others[name]] = tensor.float()
+    return weights
 
 
 def _is_one_embedding(tensors: Mapping[str, Tensor]) -> bool:

@@ -51,6 +51,8 @@ class FileReport:
     """Layers by rank."""
     scales: dict[str, int] = field(default_factory=dict)
     """Layers by s = alpha / rank as the client applies it."""
+    left_out: str = ""
+    """What the file cannot hold of the change."""
     coverage: str = ""
     """Changed linear layers of attention in the UNet, of all."""
 
@@ -159,7 +161,7 @@ def _check_lora(item: Exported, base: Base, reference: AdapterWeights, pipe: Any
         missing, extra = sorted(set(wanted) - set(loaded)), sorted(set(loaded) - set(wanted))
         raise VerificationError(f"{item.path}: the client did not load {missing[:3]}, and loaded {extra[:3]} besides")
     declared = {keys.portable(n): e for n, e in item.errors.items()}
-    report = FileReport(item.name, item.kind, len(loaded))
+    report = FileReport(item.name, item.kind, len(loaded), left_out=item.left_out)
     for name, layer in wanted.items():
         found, delta = loaded[name].delta(), reference.delta(layer)
         error = _relative(found, delta) if float(delta.norm()) else float(found.abs().max())
@@ -254,10 +256,10 @@ def _check_embedding(item: Exported, base: Base, reference: AdapterWeights | Non
 
 
 def _check_delta(item: Exported, base: Base, reference: AdapterWeights | None) -> FileReport:
-    found = read_adapter(item.path, base, force=True).dense
-    if reference is not None and (
-        set(found) != set(reference.dense) or any(not torch.equal(d, reference.dense[n]) for n, d in found.items())
-    ):
+    read = read_adapter(item.path, base, force=True)
+    found = {**read.dense, **read.parameters}
+    wanted = found if reference is None else {**reference.dense, **reference.parameters}
+    if set(found) != set(wanted) or any(not torch.equal(d, wanted[n]) for n, d in found.items()):
         raise VerificationError(f"{item.path}: the deltas are not those that were trained")
     return FileReport(item.name, item.kind, len(found), components=dict(Counter(keys.split(n)[0] for n in found)))
 
