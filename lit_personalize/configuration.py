@@ -23,6 +23,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lit_personalize.adapters.full_weights import FullWeights
 from lit_personalize.adapters.key_value_delta import KeyValueDelta
 from lit_personalize.adapters.lora import LoRA
+from lit_personalize.adapters.oft import OFT
 from lit_personalize.adapters.token_embedding import TokenEmbedding
 from lit_personalize.errors import UsageError
 from lit_personalize.list_replacement import replace_lists
@@ -30,7 +31,7 @@ from lit_personalize.objectives.denoising import Denoising
 from lit_personalize.objectives.prior_preservation import PriorPreservation
 from lit_personalize.recipe_files import RECIPES, names
 
-ADAPTERS: tuple[type, ...] = (LoRA, KeyValueDelta, TokenEmbedding, FullWeights)
+ADAPTERS: tuple[type, ...] = (LoRA, KeyValueDelta, TokenEmbedding, FullWeights, OFT)
 """Imported here, so that YAML may use their short names."""
 
 

@@ -56,6 +56,8 @@ class AdapterWeights:
     """ΔW `[out, in]` of layers without low-rank structure."""
     parameters: dict[str, Tensor] = field(default_factory=dict)
     """Changes of biases, norms and embeddings in their own shapes, by full name (`unet.conv_in.bias`)."""
+    rotations: dict[str, Tensor] = field(default_factory=dict)
+    """Of layers in `dense`, the same change as OFT's blocks `[r, b(b-1)/2]`, for clients that rotate."""
     tokens: dict[str, list[Tensor]] = field(default_factory=dict)
     """Token name -> one `[n, d]` per text encoder."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from lit_personalize.backbones.base import Base
 from lit_personalize.errors import UsageError
 from lit_personalize.export import files, keys
 from lit_personalize.export.factorize import factorize
+from lit_personalize.export.rotations import write_oft
 
 log = logging.getLogger(__name__)
 FORMATS = ("diffusers", "kohya", "peft", "delta", "pipeline")
@@ -26,7 +27,7 @@ class Exported:
 
     path: Path
     kind: str
-    """diffusers, kohya, peft, embedding, delta or pipeline."""
+    """diffusers, kohya, peft, oft, embedding, delta or pipeline."""
     errors: dict[str, float] = field(default_factory=dict)
     """Declared relative error of layers that were factored."""
     token: str = ""
@@ -57,7 +58,8 @@ def export(
     """Write `weights` into `folder`.
 
     Args:
-        formats: "diffusers", "kohya" and "peft" write LoRA files (dense changes factored within `max_error`);
+        formats: "diffusers", "kohya" and "peft" write LoRA files (dense changes factored within `max_error`), but
+            "peft" writes rotations as they are, as a folder of PEFT's OFT;
             "delta" the exact dense changes; "pipeline" a merged pipeline. Learned embeddings are always written;
             for two text encoders one file with both, and with "diffusers" also one file each.
         details: Stored in every file's metadata (recipe, steps, run).
@@ -76,15 +78,22 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Exported] = []
     if {"diffusers", "kohya", "peft"} & set(formats) and (weights.low_rank or weights.dense):
-        low_rank, errors = _all_low_rank(weights, base, max_error, max_rank)
+        exact = set() if {"diffusers", "kohya"} & set(formats) else set(weights.rotations)
+        low_rank, errors = _all_low_rank(weights, base, max_error, max_rank, exact)
         described = describe(weights, base, name, "lora", details)
         described["litp.largest_error"] = repr(max(errors.values(), default=0.0))
         left_out = _left_out(weights)
         if left_out:
             described["litp.left_out"] = left_out
             log.warning("a LoRA file leaves out %s; the formats pipeline and delta hold them", left_out)
-        loras = _write_loras(low_rank, errors, folder, base, name, formats, described)
+        for_peft = {layer: f for layer, f in low_rank.items() if layer not in weights.rotations}
+        loras = _write_loras(low_rank, for_peft, errors, folder, base, name, formats, described)
         written += [replace(item, left_out=left_out) for item in loras]
+    if "peft" in formats:
+        described = describe(weights, base, name, "oft", details)
+        for component in dict.fromkeys(keys.split(layer)[0] for layer in weights.rotations):
+            path = write_oft(folder / "peft_oft" / component, weights.rotations, component, described)
+            written.append(Exported(path, "oft"))
     written += _write_embeddings(weights, folder, base, name, "diffusers" in formats, details)
     if (weights.dense or weights.parameters) and "delta" in formats:
         path = folder / f"{file_stem(name)}.delta.safetensors"
@@ -144,6 +153,7 @@ def describe(
 
 def _write_loras(
     low_rank: Mapping[str, LowRank],
+    for_peft: Mapping[str, LowRank],
     errors: dict[str, float],
     folder: Path,
     base: Base,
@@ -166,8 +176,8 @@ def _write_loras(
         path = folder / f"{file_stem(name)}.kohya.safetensors"
         written.append(Exported(files.write_safetensors(path, tensors, {**described, **extra}), "kohya", errors))
     if "peft" in formats:
-        for component in dict.fromkeys(keys.split(layer)[0] for layer in low_rank):
-            path = files.write_peft(folder / "peft" / component, low_rank, component, described)
+        for component in dict.fromkeys(keys.split(layer)[0] for layer in for_peft):
+            path = files.write_peft(folder / "peft" / component, for_peft, component, described)
             own = {layer: e for layer, e in errors.items() if keys.split(layer)[0] == component}
             written.append(Exported(path, "peft", own))
     return written
@@ -215,12 +225,17 @@ def _left_out(weights: AdapterWeights) -> str:
 
 
 def _all_low_rank(
-    weights: AdapterWeights, base: Base, max_error: float, max_rank: int | None
+    weights: AdapterWeights, base: Base, max_error: float, max_rank: int | None, exact: Collection[str]
 ) -> tuple[dict[str, LowRank], dict[str, float]]:
-    """Low-rank layers as they are, dense ones factored; where a layer has both, ranks are concatenated."""
+    """Low-rank layers as they are, dense ones factored; those of `exact` are left out.
+
+    Where a layer has both, ranks are concatenated.
+    """
     low_rank, errors = dict(weights.low_rank), {}
     layers = {f"{c}.{p}": m for c, module in base.components().items() for p, m in weight_layers(module).items()}
     for layer, delta in weights.dense.items():
+        if layer in exact:
+            continue
         factored, errors[layer] = factorize(delta, max_error, max_rank)
         factored = factored.shaped(layers[layer].weight.shape)
         low_rank[layer] = low_rank[layer].concatenate(factored) if layer in low_rank else factored

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,12 +18,13 @@ from lit_personalize.adapters.shadow import all_parameters, matrix_shape, weight
 from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.loading import PICKLES
 from lit_personalize.errors import DataError
-from lit_personalize.export import keys
+from lit_personalize.export import keys, rotations
 from lit_personalize.export.files import FORMAT_VERSION
 
 LORA_FILES = (
     "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "*.kohya.safetensors",
-    "peft/*/adapter_model.safetensors", "*.delta.safetensors",
+    "peft/*/adapter_model.safetensors", "peft_oft/*/adapter_model.safetensors",
+    "*.delta.safetensors",
 )  # fmt: skip
 """Names by which a folder's LoRA is found, the first that is there."""
 LORA = re.compile(
@@ -126,7 +127,7 @@ def _expand(paths: Path | Iterable[Path]) -> list[Path]:
     embeddings = sorted(path.glob("learned_embeds*.safetensors"))
     for pattern in LORA_FILES:
         if found := sorted(path.glob(pattern)):
-            if len(found) > 1 and pattern != "peft/*/adapter_model.safetensors":
+            if len(found) > 1 and not pattern.startswith("peft"):
                 raise DataError(f"{path} holds {len(found)} files {pattern}; name one of them")
             return [*found, *embeddings]
     others = sorted(path.glob("*.safetensors"))
@@ -145,7 +146,13 @@ def parse(tensors: dict[str, Tensor], metadata: dict[str, str], base: Base, path
     stages = base.unet.config.layers_per_block
     style = "kohya" if any(k.startswith("lora_") for k in tensors) else "portable"
     known = keys.index_by(shapes, len(parts) == 3, style, stages if isinstance(stages, int) else None)
-    if all(k.endswith(".delta") for k in tensors):
+    if any(rotations.MARK in k for k in tensors):
+        component = component_of(metadata, path)
+        settings = {k.partition(".")[2]: v for k, v in settings_of(metadata, path, component).items()}
+        named = {_known(k.partition(rotations.MARK)[0], known, path, component): t for k, t in tensors.items()}
+        own = {layer: cast(Tensor, module._parameters["weight"]) for layer, module in layers.items()}
+        weights = rotations.parse_rotations(named, settings, own, path)
+    elif all(k.endswith(".delta") for k in tensors):
         weights = _parse_deltas(tensors, known, parts, path)
     else:
         weights = AdapterWeights(low_rank=_parse_lora(tensors, metadata, known, path))
@@ -211,11 +218,16 @@ def _known(name: str, known: Mapping[str, str], path: Path, component: str = "un
     raise DataError(f"{path}: {name} names no layer of this base; the file was made for another one")
 
 
+def component_of(metadata: Mapping[str, str], path: Path) -> str:
+    """The component of a PEFT folder: stated in the file, or the folder's name, or the UNet."""
+    folder = path.parent.name
+    return metadata.get("litp.component") or (folder if folder in keys.COMPONENTS else "unet")
+
+
 def _parse_lora(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], known: Mapping[str, str], path: Path
 ) -> dict[str, LowRank]:
-    folder = path.parent.name
-    default = metadata.get("litp.component") or (folder if folder in keys.COMPONENTS else "unet")
+    default = component_of(metadata, path)
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key.endswith(".alpha"):
