@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from lit_personalize.cli.main import main
 
 METHODS = ("textual_inversion", "dreambooth_lora", "custom_diffusion", "lora")
-NEWER = ("dreambooth",)
+NEWER = ("dreambooth", "oft")
 """On two families only: each case takes seconds."""
-FORMATS = {"custom_diffusion": "[diffusers, kohya, delta]", "dreambooth": "[diffusers, delta, pipeline]"}
+FORMATS = {"custom_diffusion": "[diffusers, kohya, delta]", "dreambooth": "[diffusers, delta]", "oft": "[diffusers, peft]"}
 FAMILIES = ("sd1", "sd2", "sd2-v", "sdxl")
 
 
