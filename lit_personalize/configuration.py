@@ -20,6 +20,7 @@ import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lit_personalize.adapters.concept_neurons import ConceptNeurons
 from lit_personalize.adapters.full_weights import FullWeights
 from lit_personalize.adapters.key_value_delta import KeyValueDelta
 from lit_personalize.adapters.lora import LoRA
@@ -31,7 +32,7 @@ from lit_personalize.objectives.denoising import Denoising
 from lit_personalize.objectives.prior_preservation import PriorPreservation
 from lit_personalize.recipe_files import RECIPES, names
 
-ADAPTERS: tuple[type, ...] = (LoRA, KeyValueDelta, TokenEmbedding, FullWeights, OFT)
+ADAPTERS: tuple[type, ...] = (LoRA, KeyValueDelta, TokenEmbedding, FullWeights, OFT, ConceptNeurons)
 """Imported here, so that YAML may use their short names."""
 
 
@@ -66,7 +67,7 @@ class Checkpointing:
 class Exporting:
     """What is written at the end."""
 
-    formats: list[Literal["diffusers", "kohya", "peft", "delta", "pipeline"]] = field(
+    formats: list[Literal["diffusers", "kohya", "peft", "delta", "neurons", "pipeline"]] = field(
         default_factory=lambda: ["diffusers", "kohya"]  # type: ignore[arg-type]
     )
     max_error: float = 1e-3

@@ -76,8 +76,12 @@ class LoadedAdapter(Adapter):
         if not self.active:
             for shadow in (*self._shadows.values(), *self._others.values()):
                 shadow.set(self.name, None)
+                shadow.shut(self.name, None)
             return
         for layer, shadow in self._shadows.items():
+            if layer in self.weights.neurons:  # a weight that two adapters shut off is zero, not subtracted twice
+                shadow.shut(self.name, self.weights.neurons[layer], self.scale)
+                continue
             delta = self.scale * self.delta(layer).to(shadow.frozen.device)
             shadow.set(self.name, delta.reshape(shadow.frozen.shape))
         for name, shadow in self._others.items():

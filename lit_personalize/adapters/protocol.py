@@ -58,6 +58,8 @@ class AdapterWeights:
     """Changes of biases, norms and embeddings in their own shapes, by full name (`unet.conv_in.bias`)."""
     rotations: dict[str, Tensor] = field(default_factory=dict)
     """Of layers in `dense`, the same change as OFT's blocks `[r, b(b-1)/2]`, for clients that rotate."""
+    neurons: dict[str, Tensor] = field(default_factory=dict)
+    """Of layers in `dense`, the same change as sorted flat int32 indices of weights that are zero."""
     tokens: dict[str, list[Tensor]] = field(default_factory=dict)
     """Token name -> one `[n, d]` per text encoder."""
 
@@ -77,13 +79,18 @@ class AdapterWeights:
         return {layer: self.delta(layer) for layer in self.layers()}
 
     def merge(self, other: AdapterWeights) -> AdapterWeights:
-        """Both sets together; a layer or token in both is an error."""
+        """Both sets together; a layer or token in both is an error, but for neurons, which unite."""
         merged = AdapterWeights()
+        united = set(self.neurons) & set(other.neurons)
         for kind in (f.name for f in fields(self)):
             own, others = getattr(self, kind), getattr(other, kind)
-            if both := set(own) & set(others):
+            if both := (set(own) & set(others)) - (united if kind in ("dense", "neurons") else set()):
                 raise ValueError(f"two adapters change {sorted(both)[:3]}")
             setattr(merged, kind, {**own, **others})
+        for layer in united:
+            one, two = self.dense[layer], other.dense[layer]
+            merged.dense[layer] = torch.where(one != 0, one, two)
+            merged.neurons[layer] = torch.cat([self.neurons[layer], other.neurons[layer]]).unique()
         return merged
 
 

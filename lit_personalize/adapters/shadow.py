@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 
@@ -18,6 +19,8 @@ class WeightShadow:
         self.layer = layer
         self.parameter = parameter
         self.deltas: dict[str, Tensor] = {}
+        self.shut_off: dict[str, tuple[Tensor, float]] = {}
+        """By adapter: flat indices of weights that are zero, and how far (1 is all the way)."""
 
     @classmethod
     def of(cls, layer: nn.Module, parameter: str = "weight") -> WeightShadow:
@@ -37,9 +40,25 @@ class WeightShadow:
         self.deltas.pop(name, None)
         if delta is not None:
             self.deltas[name] = delta
+        self._show()
+
+    def shut(self, name: str, indices: Tensor | None, share: float = 1.0) -> None:
+        """Scale the weights of W0 at flat `indices` by 1 - `share`, or (None) no more; for two adapters, the lower."""
+        self.shut_off.pop(name, None)
+        if indices is not None:
+            self.shut_off[name] = (indices, share)
+        self._show()
+
+    def _show(self) -> None:
         self.layer.__dict__.pop(self.parameter, None)
-        if self.deltas:
+        if self.deltas or self.shut_off:
             total = self.frozen
+            if self.shut_off:
+                kept = torch.ones(total.numel(), device=total.device)
+                for indices, share in self.shut_off.values():
+                    index = indices.to(total.device, torch.int64)
+                    kept[index] = kept[index].clamp(max=1 - share)
+                total = total * kept.reshape(total.shape)
             for part in self.deltas.values():
                 total = total + part
             self.layer.__dict__[self.parameter] = total.to(self.frozen.dtype)

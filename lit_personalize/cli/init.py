@@ -14,11 +14,12 @@ METHODS = {
     "dreambooth_lora": ("PriorPreservation", True, "photo of a {token} {class}"),
     "dreambooth": ("PriorPreservation", True, "photo of a {token} {class}"),
     "oft": ("PriorPreservation", True, "photo of a {token} {class}"),
+    "cones": ("PriorPreservation", True, "photo of a {token} {class}"),
     "lora": ("Denoising", False, "photo of a {class}"),
 }
 CLASS_PICTURES = "# Pictures of the class with captions, so that the class stays what it is."
 # DreamBooth trains no token row: its word is one that the tokenizer knows, and that few captions hold.
-WORDS = {"dreambooth_lora": "sks", "dreambooth": "sks", "oft": "sks"}
+WORDS = {method: "sks" for method in ("dreambooth_lora", "dreambooth", "oft", "cones")}
 
 
 def build_parser() -> argparse.ArgumentParser:

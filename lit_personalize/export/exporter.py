@@ -18,7 +18,7 @@ from lit_personalize.export.factorize import factorize
 from lit_personalize.export.rotations import write_oft
 
 log = logging.getLogger(__name__)
-FORMATS = ("diffusers", "kohya", "peft", "delta", "pipeline")
+FORMATS = ("diffusers", "kohya", "peft", "delta", "neurons", "pipeline")
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Exported:
 
     path: Path
     kind: str
-    """diffusers, kohya, peft, oft, embedding, delta or pipeline."""
+    """diffusers, kohya, peft, oft, embedding, delta, neurons or pipeline."""
     errors: dict[str, float] = field(default_factory=dict)
     """Declared relative error of layers that were factored."""
     token: str = ""
@@ -59,9 +59,9 @@ def export(
 
     Args:
         formats: "diffusers", "kohya" and "peft" write LoRA files (dense changes factored within `max_error`), but
-            "peft" writes rotations as they are, as a folder of PEFT's OFT;
-            "delta" the exact dense changes; "pipeline" a merged pipeline. Learned embeddings are always written;
-            for two text encoders one file with both, and with "diffusers" also one file each.
+            "peft" writes rotations as they are, as a folder of PEFT's OFT; "delta" the exact dense changes;
+            "neurons" the indices of concept neurons; "pipeline" a merged pipeline. Learned embeddings are always
+            written; for two text encoders one file with both, and with "diffusers" also one file each.
         details: Stored in every file's metadata (recipe, steps, run).
         max_error: Largest relative Frobenius error of a factored layer; 0 keeps every singular value.
         max_rank: Bound on the rank of a factored layer, which goes before `max_error`; the error is declared.
@@ -100,6 +100,13 @@ def export(
         described = describe(weights, base, name, "delta", details)
         changes = files.dense_deltas({**weights.dense, **weights.parameters})
         written.append(Exported(files.write_safetensors(path, changes, described), "delta"))
+    if weights.neurons and "neurons" in formats:
+        path = folder / f"{file_stem(name)}.neurons.safetensors"
+        described = describe(weights, base, name, "neurons", details)
+        shapes = {keys.portable(layer): list(weights.dense[layer].shape) for layer in weights.neurons}
+        described["litp.neurons"] = json.dumps({"shapes": shapes, "share": _share(weights)}, sort_keys=True)
+        tensors = files.sparse_neurons(weights.neurons)
+        written.append(Exported(files.write_safetensors(path, tensors, described), "neurons"))
     if "pipeline" in formats:
         from lit_personalize.export.pipeline import write_pipeline
 
@@ -207,6 +214,11 @@ def _write_embeddings(
             files.write_safetensors(path, {token: own}, {**described, "litp.encoder": str(i)})
             written.append(Exported(path, "embedding", token=token, encoder=i))
     return written
+
+
+def _share(weights: AdapterWeights) -> float:
+    """Neurons as a share of the weights of the layers that have any."""
+    return sum(map(len, weights.neurons.values())) / sum(weights.dense[layer].numel() for layer in weights.neurons)
 
 
 def _left_out(weights: AdapterWeights) -> str:

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from lit_personalize.adapters.concept_neurons import shut_change
 from lit_personalize.adapters.loaded import LoadedAdapter
 from lit_personalize.adapters.protocol import AdapterWeights, LowRank
 from lit_personalize.adapters.shadow import all_parameters, matrix_shape, weight_layers
@@ -19,12 +20,12 @@ from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.loading import PICKLES
 from lit_personalize.errors import DataError
 from lit_personalize.export import keys, rotations
-from lit_personalize.export.files import FORMAT_VERSION
+from lit_personalize.export.files import FORMAT_VERSION, INDEX
 
 LORA_FILES = (
     "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "*.kohya.safetensors",
     "peft/*/adapter_model.safetensors", "peft_oft/*/adapter_model.safetensors",
-    "*.delta.safetensors",
+    "*.neurons.safetensors", "*.delta.safetensors",
 )  # fmt: skip
 """Names by which a folder's LoRA is found, the first that is there."""
 LORA = re.compile(
@@ -59,7 +60,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not tensors:
         raise DataError(f"{path} holds no tensor")
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        if not (tensor.is_floating_point() or (name.endswith(INDEX) and tensor.dtype == torch.int32)):
             raise DataError(f"{path}: {name} is {tensor.dtype}; adapters hold floating-point numbers")
         if not bool(torch.isfinite(tensor).all()):
             raise DataError(f"{path}: {name} holds NaN or infinite values")
@@ -152,6 +153,8 @@ def parse(tensors: dict[str, Tensor], metadata: dict[str, str], base: Base, path
         named = {_known(k.partition(rotations.MARK)[0], known, path, component): t for k, t in tensors.items()}
         own = {layer: cast(Tensor, module._parameters["weight"]) for layer, module in layers.items()}
         weights = rotations.parse_rotations(named, settings, own, path)
+    elif all(k.endswith(INDEX) for k in tensors):
+        weights = _parse_neurons(tensors, known, layers, path)
     elif all(k.endswith(".delta") for k in tensors):
         weights = _parse_deltas(tensors, known, parts, path)
     else:
@@ -159,6 +162,21 @@ def parse(tensors: dict[str, Tensor], metadata: dict[str, str], base: Base, path
     _check_shapes(weights, shapes, path)
     # Some tools write a linear layer's factors as 1x1 convolutions.
     weights.low_rank = {name: f.shaped(layers[name].weight.shape) for name, f in weights.low_rank.items()}
+    return weights
+
+
+def _parse_neurons(
+    tensors: Mapping[str, Tensor], known: Mapping[str, str], layers: Mapping[str, nn.Module], path: Path
+) -> AdapterWeights:
+    """Indices of weights that are zero, and the change that they make of this base's weights."""
+    weights = AdapterWeights()
+    for key, indices in tensors.items():
+        layer = _known(key.removesuffix(INDEX), known, path)
+        weight = cast(Tensor, layers[layer]._parameters["weight"]).detach().cpu()
+        if indices.ndim != 1 or not bool((indices.diff() > 0).all()) or indices[0] < 0 or indices[-1] >= weight.numel():
+            raise DataError(f"{path}: {key} must hold ascending indices of a weight {tuple(weight.shape)}, once each")
+        weights.neurons[layer] = indices
+        weights.dense[layer] = shut_change(weight, indices).flatten(1)
     return weights
 
 

@@ -129,7 +129,7 @@ def verify(
             report.files.append(_check_oft(item, base, reference))
         elif item.kind == "embedding":
             report.files.append(_check_embedding(item, base, reference))
-        elif item.kind == "delta":
+        elif item.kind in ("delta", "neurons"):
             report.files.append(_check_delta(item, base, reference))
         elif item.kind == "pipeline":
             found, difference = _check_pipeline(item, base, reference, prompt)
@@ -288,10 +288,11 @@ def _check_embedding(item: Exported, base: Base, reference: AdapterWeights | Non
 
 def _check_delta(item: Exported, base: Base, reference: AdapterWeights | None) -> FileReport:
     read = read_adapter(item.path, base, force=True)
-    found = {**read.dense, **read.parameters}
-    wanted = found if reference is None else {**reference.dense, **reference.parameters}
+    kinds = ("neurons",) if item.kind == "neurons" else ("dense", "parameters")
+    found, trained = ({n: t for kind in kinds for n, t in getattr(w, kind).items()} for w in (read, reference or read))
+    wanted: dict[str, Tensor] = trained
     if set(found) != set(wanted) or any(not torch.equal(d, wanted[n]) for n, d in found.items()):
-        raise VerificationError(f"{item.path}: the deltas are not those that were trained")
+        raise VerificationError(f"{item.path}: the {item.kind} are not what was trained")
     return FileReport(item.name, item.kind, len(found), components=dict(Counter(keys.split(n)[0] for n in found)))
 
 

@@ -135,9 +135,7 @@ def test_peft_turns_the_same_way(tiny_bases: dict[str, Path], tmp_path: Path, fa
     torch.testing.assert_close(*asked, atol=1e-5, rtol=1e-4)
 
 
-def test_a_folder_that_turns_backwards_is_read_as_its_client_would(
-    tiny_bases: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_folder_that_turns_backwards_is_read_as_its_client_would(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     """`use_cayley_neumann` inverts the rotation: our own numbers under PEFT's default do not verify as ours."""
     base, adapter = trained(tiny_bases["sd1"], size=0.02)
     weights = adapter.export_weights()

@@ -15,7 +15,12 @@ from lit_personalize.cli.main import main
 METHODS = ("textual_inversion", "dreambooth_lora", "custom_diffusion", "lora")
 NEWER = ("dreambooth", "oft")
 """On two families only: each case takes seconds."""
-FORMATS = {"custom_diffusion": "[diffusers, kohya, delta]", "dreambooth": "[diffusers, delta]", "oft": "[diffusers, peft]"}
+FORMATS = {
+    "custom_diffusion": "[diffusers, kohya, delta]",
+    "dreambooth": "[diffusers, delta]",
+    "oft": "[diffusers, peft]",
+    "cones": "[diffusers, neurons]",
+}
 FAMILIES = ("sd1", "sd2", "sd2-v", "sdxl")
 
 
@@ -27,7 +32,7 @@ def exported(root: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize(
     ("method", "family"),
-    [*itertools.product(METHODS, FAMILIES), *itertools.product(NEWER, ("sd1", "sdxl"))],
+    [*itertools.product(METHODS, FAMILIES), *itertools.product(NEWER, ("sd1", "sdxl")), ("cones", "sd1")],
 )
 def test_resumed_is_undisturbed_in_every_exported_tensor(
     tiny_bases: dict[str, Path], workplace: Path, method: str, family: str
