@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,12 +23,15 @@ from lit_personalize.errors import DataError
 from lit_personalize.export import keys, rotations
 from lit_personalize.export.files import FORMAT_VERSION, INDEX
 
+log = logging.getLogger(__name__)
 LORA_FILES = (
     "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "*.kohya.safetensors",
     "peft/*/adapter_model.safetensors", "peft_oft/*/adapter_model.safetensors",
     "*.neurons.safetensors", "*.delta.safetensors",
 )  # fmt: skip
 """Names by which a folder's LoRA is found, the first that is there."""
+NOTICEABLE = 0.01
+"""Declared relative error of a layer above which reading a file warns of it."""
 LORA = re.compile(
     r"^(?P<layer>.+?)\.(?:lora_(?P<ab>[AB])(?:\.\w+)?|lora\.(?P<ud>up|down)|lora_(?P<k>up|down))\.weight$"
 )
@@ -90,12 +94,25 @@ def read_adapter(paths: Path | Iterable[Path], base: Base, force: bool = False) 
                 "layout (one file instead of a directory) has another fingerprint, too: where this is one, add --force "
                 "(in Python force=True)"
             )
+        warn_of_loss(metadata, path)
         weights = weights.merge(parse(tensors, metadata, base, path))
     known = {step: path for step, path in steps.items() if step}
     if len(known) > 1 and not force:
         found = ", ".join(f"{path.name} of step {step}" for step, path in known.items())
         raise DataError(f"these files are of different steps of a run: {found}; export them again, or name one file")
     return weights
+
+
+def warn_of_loss(metadata: Mapping[str, str], path: Path) -> None:
+    """Say that a LoRA is only near to what was trained, where its file says so."""
+    if left_out := metadata.get("litp.left_out"):
+        log.warning("%s leaves out %s", path, left_out)
+    try:
+        error = float(metadata.get("litp.largest_error", 0))
+    except ValueError:
+        return  # another program's word for it
+    if error > NOTICEABLE:
+        log.warning("%s holds its layers with a relative error of up to %.2f; name another file for more", path, error)
 
 
 def _step_of(metadata: Mapping[str, str]) -> str:

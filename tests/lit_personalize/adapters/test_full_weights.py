@@ -106,6 +106,9 @@ def test_a_lora_says_what_it_leaves_out_and_what_its_rank_costs(
     assert f"{left / whole:.2%} of the weights" in file.left_out and file.left_out in caplog.text
     (report,) = verify([file], base, weights).files
     assert report.left_out == file.left_out and set(report.ranks) <= {"1", "2", "3", "4"}
+    caplog.clear()
+    read_adapter(file.path, base)
+    assert file.left_out in caplog.text and "relative error of up to 0." in caplog.text, "whoever samples is told, too"
     layer = "unet.conv_out"
     singular = torch.linalg.svdvals(weights.dense[layer].double())
     optimum = float(singular[4:].square().sum().sqrt() / singular.square().sum().sqrt())
