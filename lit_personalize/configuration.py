@@ -20,8 +20,11 @@ import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lit_personalize.adapters.concept_neurons import ConceptNeurons
+from lit_personalize.adapters.full_weights import FullWeights
 from lit_personalize.adapters.key_value_delta import KeyValueDelta
 from lit_personalize.adapters.lora import LoRA
+from lit_personalize.adapters.oft import OFT
 from lit_personalize.adapters.token_embedding import TokenEmbedding
 from lit_personalize.adapters.ziplora import ZipLoRA
 from lit_personalize.errors import UsageError
@@ -37,12 +40,15 @@ OBJECTIVES: list[type] = [
     PriorPreservation,
 ]
 ADAPTERS: list[type] = [
+    ConceptNeurons,
+    FullWeights,
     KeyValueDelta,
     LoRA,
+    OFT,
     TokenEmbedding,
     ZipLoRA,
 ]
-"""Whose short names a `class_path` may have."""
+"""Imported here, so that a `class_path` may be their short names."""
 
 
 @dataclass
@@ -76,11 +82,13 @@ class Checkpointing:
 class Exporting:
     """What is written at the end."""
 
-    formats: list[Literal["diffusers", "kohya", "peft", "delta", "pipeline"]] = field(
+    formats: list[Literal["diffusers", "kohya", "peft", "delta", "neurons", "pipeline"]] = field(
         default_factory=lambda: ["diffusers", "kohya"]  # type: ignore[arg-type]
     )
     max_error: float = 1e-3
     """Largest relative error of dense changes written as LoRA; 0 keeps them exact."""
+    max_rank: int | None = None
+    """Bound on the rank of such a LoRA, which goes before max_error; what it costs is declared in the file."""
     verify: bool = True
     """Reload every file through the stock client and compare."""
     license: str = ""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_personalize.adapters.protocol import Adapter, AdapterWeights
-from lit_personalize.adapters.shadow import WeightShadow, device_of, matrix_shape, weight_layers
+from lit_personalize.adapters.shadow import WeightShadow, all_parameters, matrix_shape, weight_layers
 from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.token_rows import row_names
 from lit_personalize.errors import DataError
@@ -26,6 +26,7 @@ class LoadedAdapter(Adapter):
         self.weights = weights
         self.scale = scale
         self._shadows: dict[str, WeightShadow] = {}
+        self._others: dict[str, WeightShadow] = {}
 
     def attach(self, base: Base, seed: int = 0) -> None:
         """Apply to a base.
@@ -45,12 +46,20 @@ class LoadedAdapter(Adapter):
                 raise DataError(
                     f"adapter {self.name!r} was made for another base: {layer} is {shape}, base {base.source} has {own}"
                 )
+        others = {f"{c}.{p}": m for c, module in components.items() for p, m in all_parameters(module).items()}
+        for name, change in self.weights.parameters.items():
+            if name not in others:
+                raise DataError(f"adapter {self.name!r} changes {name}, which base {base.source} does not have")
+            module, attribute = others[name]
+            if change.shape != getattr(module, attribute).shape:
+                raise DataError(f"adapter {self.name!r} was made for another base: {name} is {tuple(change.shape)}")
         for token, rows in self.weights.tokens.items():
             widths = [added.width for added in base.added_rows]
             if [r.shape[1] for r in rows] != widths:
                 raise DataError(f"token {token} has widths {[r.shape[1] for r in rows]}, base {base.source} {widths}")
         base.register(self)
         self._shadows = {layer: WeightShadow.of(known[layer]) for layer in self.layers()}
+        self._others = {name: WeightShadow.of(*others[name]) for name in self.weights.parameters}
         for token, rows in self.weights.tokens.items():
             names = row_names(token, len(rows[0]))
             for i, tokenizer in enumerate(base.tokenizers):
@@ -67,15 +76,21 @@ class LoadedAdapter(Adapter):
     def refresh(self, dtype: torch.dtype) -> None:
         for layer in self._shadows:
             self.put(layer)
+        for name, shadow in self._others.items():
+            change = self.scale * self.weights.parameters[name].to(shadow.frozen.device) if self.active else None
+            shadow.set(self.name, change)
 
     def put(self, layer: str) -> None:
         """Put the layer's present ΔW in place, or take it away while inactive."""
         shadow = self._shadows[layer]
         if not self.active:
             shadow.set(self.name, None)
-            return
-        delta = self.scale * self.delta(layer).to(device_of(shadow.linear))
-        shadow.set(self.name, delta.reshape(shadow.frozen.shape))
+            shadow.shut(self.name, None)
+        elif layer in self.weights.neurons:  # a weight that two adapters shut off is zero, not subtracted twice
+            shadow.shut(self.name, self.weights.neurons[layer], self.scale)
+        else:
+            delta = self.scale * self.delta(layer).to(shadow.frozen.device)
+            shadow.set(self.name, delta.reshape(shadow.frozen.shape))
 
     def set_active(self, active: bool) -> None:
         if active != self.active:

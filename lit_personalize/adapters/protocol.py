@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -37,10 +37,10 @@ class LowRank:
         """ΔW as a matrix `[out, in]`; of a convolution `[out, in * height * width]`."""
         return (self.alpha / self.rank) * (self.up.flatten(1) @ self.down.flatten(1))
 
-    def shaped(self, weight: torch.Size) -> LowRank:
-        """The same factors for a weight of this shape: of a convolution they are convolutions themselves."""
-        down = self.down.reshape(-1, *weight[1:])
-        return LowRank(down, self.up.reshape(weight[0], -1, *[1] * (len(weight) - 2)), self.alpha)
+    def shaped(self, shape: Sequence[int]) -> LowRank:
+        """The factors as those of a weight `[out, in]` or `[out, in, height, width]` of this shape."""
+        down = self.down.reshape(-1, *shape[1:])
+        return LowRank(down, self.up.reshape(shape[0], -1, *[1] * (len(shape) - 2)), self.alpha)
 
     def concatenate(self, other: LowRank) -> LowRank:
         """The exact sum of two changes: ranks stand side by side, scales are multiplied into `up`."""
@@ -72,6 +72,12 @@ class AdapterWeights:
     low_rank: dict[str, LowRank] = field(default_factory=dict)
     dense: dict[str, Tensor] = field(default_factory=dict)
     """ΔW `[out, in]` of layers without low-rank structure."""
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    """Changes of biases, norms and embeddings in their own shapes, by full name (`unet.conv_in.bias`)."""
+    rotations: dict[str, Tensor] = field(default_factory=dict)
+    """Of layers in `dense`, the same change as OFT's blocks `[r, b(b-1)/2]`, for clients that rotate."""
+    neurons: dict[str, Tensor] = field(default_factory=dict)
+    """Of layers in `dense`, the same change as sorted flat int32 indices of weights that are zero."""
     tokens: dict[str, list[Tensor]] = field(default_factory=dict)
     """Token name -> one `[n, d]` per text encoder."""
     dora: dict[str, Dora] = field(default_factory=dict)
@@ -93,14 +99,19 @@ class AdapterWeights:
         return {layer: self.delta(layer) for layer in self.layers()}
 
     def merge(self, other: AdapterWeights) -> AdapterWeights:
-        """Both sets together; a layer or token in both is an error."""
-        joined = {}
-        for kind in ("low_rank", "dense", "tokens", "dora"):
+        """Both sets together; a layer or token in both is an error, but for neurons, which unite."""
+        merged = AdapterWeights()
+        united = set(self.neurons) & set(other.neurons)
+        for kind in (f.name for f in fields(self)):
             own, others = getattr(self, kind), getattr(other, kind)
-            if both := set(own) & set(others):
+            if both := (set(own) & set(others)) - (united if kind in ("dense", "neurons") else set()):
                 raise ValueError(f"two adapters change {sorted(both)[:3]}")
-            joined[kind] = {**own, **others}
-        return AdapterWeights(**joined)
+            setattr(merged, kind, {**own, **others})
+        for layer in united:
+            one, two = self.dense[layer], other.dense[layer]
+            merged.dense[layer] = torch.where(one != 0, one, two)
+            merged.neurons[layer] = torch.cat([self.neurons[layer], other.neurons[layer]]).unique()
+        return merged
 
 
 class Adapter(nn.Module, ABC):

@@ -1,4 +1,4 @@
-"""Effective weights: a linear or convolution layer that reads W0 + Σ ΔW while its own parameter stays W0.
+"""Effective weights: a layer that reads W0 + Σ ΔW while its own parameter stays W0.
 
 The sum stands in the module's `__dict__`, which Python looks up before registered parameters: the
 base's `parameters()` and `state_dict()` stay stock, and switching an adapter is a pointer move.
@@ -13,35 +13,55 @@ from torch import Tensor, nn
 
 
 class WeightShadow:
-    """The deltas on one layer, by adapter name."""
+    """The deltas on one parameter of a layer, by adapter name."""
 
-    def __init__(self, linear: nn.Linear | nn.Conv2d):
-        self.linear = linear
+    def __init__(self, layer: nn.Module, parameter: str = "weight"):
+        self.layer = layer
+        self.parameter = parameter
         self.deltas: dict[str, Tensor] = {}
+        self.shut_off: dict[str, tuple[Tensor, float]] = {}
+        """By adapter: flat indices of weights that are zero, and how far (1 is all the way)."""
 
     @classmethod
-    def of(cls, linear: nn.Linear | nn.Conv2d) -> WeightShadow:
-        """The layer's shadow, made at the first call."""
-        if "_weight_shadow" not in linear.__dict__:
-            linear.__dict__["_weight_shadow"] = cls(linear)
-        return cast(WeightShadow, linear.__dict__["_weight_shadow"])
+    def of(cls, layer: nn.Module, parameter: str = "weight") -> WeightShadow:
+        """The parameter's shadow, made at the first call."""
+        key = f"_{parameter}_shadow"
+        if key not in layer.__dict__:
+            layer.__dict__[key] = cls(layer, parameter)
+        return cast(WeightShadow, layer.__dict__[key])
 
     @property
     def frozen(self) -> Tensor:
-        """W0, whatever `linear.weight` shows."""
-        return cast(Tensor, self.linear._parameters["weight"])
+        """W0, whatever the layer's attribute shows."""
+        return cast(Tensor, self.layer._parameters[self.parameter])
 
     def set(self, name: str, delta: Tensor | None) -> None:
         """Put, replace or (None) remove one adapter's ΔW, in the weight's shape; the sum is formed in fp32."""
         self.deltas.pop(name, None)
         if delta is not None:
             self.deltas[name] = delta
-        self.linear.__dict__.pop("weight", None)
-        if self.deltas:
+        self._show()
+
+    def shut(self, name: str, indices: Tensor | None, share: float = 1.0) -> None:
+        """Scale the weights of W0 at flat `indices` by 1 - `share`, or (None) no more; for two adapters, the lower."""
+        self.shut_off.pop(name, None)
+        if indices is not None:
+            self.shut_off[name] = (indices, share)
+        self._show()
+
+    def _show(self) -> None:
+        self.layer.__dict__.pop(self.parameter, None)
+        if self.deltas or self.shut_off:
             total = self.frozen
+            if self.shut_off:
+                kept = torch.ones(total.numel(), device=total.device)
+                for indices, share in self.shut_off.values():
+                    index = indices.to(total.device, torch.int64)
+                    kept[index] = kept[index].clamp(max=1 - share)
+                total = total * kept.reshape(total.shape)
             for part in self.deltas.values():
                 total = total + part
-            self.linear.__dict__["weight"] = total.to(self.frozen.dtype)
+            self.layer.__dict__[self.parameter] = total.to(self.frozen.dtype)
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
@@ -56,12 +76,17 @@ def weight_layers(module: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     return {path: m for path, m in named if isinstance(m, nn.Linear | nn.Conv2d) and ".lora_" not in path}
 
 
+def all_parameters(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Every parameter by stock path, in module order, as (its module, its attribute); PEFT's own are left out."""
+    return {
+        f"{path.removesuffix('.base_layer')}.{name}".lstrip("."): (inner, name)
+        for path, inner in module.named_modules()
+        for name, parameter in inner._parameters.items()
+        if parameter is not None and ".lora_" not in path
+    }
+
+
 def matrix_shape(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:
     """`[out, in]` of a layer's weight; a convolution's `in` counts channels times taps."""
     weight = cast(Tensor, layer._parameters["weight"])
     return weight.shape[0], weight[0].numel()
-
-
-def device_of(linear: nn.Linear | nn.Conv2d) -> torch.device:
-    """Where the layer's own weight W0 lies."""
-    return cast(Tensor, linear._parameters["weight"]).device

@@ -11,9 +11,10 @@ from lit_personalize.cli.console import add_device, add_json, configure_logging,
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="litp export", description="Export a run's newest complete checkpoint.")
     parser.add_argument("run", type=Path, help="run directory")
-    formats = "diffusers kohya peft delta pipeline"
+    formats = "diffusers kohya peft delta neurons pipeline"
     parser.add_argument("--formats", nargs="+", default=["diffusers", "kohya"], help=formats)
     parser.add_argument("--max-error", type=float, default=None, help="of dense changes written as LoRA; 0 is exact")
+    parser.add_argument("--max-rank", type=int, default=None, help="bound on their rank, before --max-error")
     parser.add_argument("--no-verify", action="store_true")
     add_json(parser)
     add_device(parser)
@@ -32,6 +33,8 @@ def main(arguments: list[str]) -> int:
     config.export.formats = options.formats
     if options.max_error is not None:
         config.export.max_error = options.max_error
+    if options.max_rank is not None:
+        config.export.max_rank = options.max_rank
     config.export.verify = not options.no_verify
     run = RunDirectory(options.run.parent, options.run.name)
     with run.lock():

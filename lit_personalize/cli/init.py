@@ -13,13 +13,17 @@ METHODS = {
     "textual_inversion": ("Denoising", False, "object"),
     "dreambooth_lora": ("PriorPreservation", True, "photo of a {token} {class}"),
     "pivotal_tuning": ("Denoising", False, "photo of a {token} {class}"),
+    "dreambooth": ("PriorPreservation", True, "photo of a {token} {class}"),
+    "oft": ("PriorPreservation", True, "photo of a {token} {class}"),
+    "cones": ("PriorPreservation", True, "photo of a {token} {class}"),
     "lora": ("Denoising", False, "photo of a {class}"),
     "b_lora": ("Denoising", False, "A {token}"),
 }
 CLASS_PICTURES = "# Pictures of the class with captions, so that the class stays what it is."
 # These train no token row: their word is one that the tokenizer knows, and that few captions hold.
+WORDS = {method: "sks" for method in ("dreambooth_lora", "dreambooth", "oft", "cones", "b_lora")}
 # Pivotal Tuning trains two rows in every encoder, each of a name of its own.
-WORDS = {"dreambooth_lora": "sks", "b_lora": "sks", "pivotal_tuning": "<s0><s1>"}
+WORDS["pivotal_tuning"] = "<s0><s1>"
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -37,8 +37,15 @@ class Widget:
 def loading_snippet(base: Base, files: Sequence[Exported]) -> str:
     """Python lines that load exactly these files with diffusers, run from the run's folder."""
     kind = "StableDiffusionXLPipeline" if base.family == "sdxl" else "StableDiffusionPipeline"
+    kinds = {item.kind for item in files}
+    if "pipeline" in kinds and not kinds & {"diffusers", "embedding"}:
+        return f'from diffusers import {kind}\n\npipe = {kind}.from_pretrained("exports/pipeline")'
     lines = [f"from diffusers import {kind}", "", f'pipe = {kind}.from_pretrained("BASE")  # {Path(base.source).name}']
     for item in files:
+        if item.kind == "oft" and "diffusers" not in kinds:
+            component = item.path.name
+            lines.append("from peft import PeftModel")
+            lines.append(f'pipe.{component} = PeftModel.from_pretrained(pipe.{component}, "exports/{item.name}")')
         if item.kind == "diffusers":
             lines.append(f'pipe.load_lora_weights("exports", weight_name="{item.path.name}")')
     embeddings = [f for f in files if f.kind == "embedding"]
@@ -145,11 +152,12 @@ def _front_matter(
     widgets: Sequence[Widget],
     run: RunDirectory,
     terms: str,
+    loras: bool,
 ) -> str:
     """YAML that model hubs read."""
     tokens = sorted(weights.tokens)
     tags = ["text-to-image", "diffusers", "stable-diffusion-xl" if base.family == "sdxl" else "stable-diffusion"]
-    tags += ["lora", "template:sd-lora"] if weights.low_rank or weights.dense else []
+    tags += ["lora", "template:sd-lora"] if loras else []
     tags += ["textual_inversion"] if tokens else []
     head: dict[str, Any] = {"base_model": Path(base.source).name, "library_name": "diffusers"}
     if terms:
@@ -187,7 +195,8 @@ def write_card(
         license_name: The user's choice; without one the card names none.
     """
     tokens = sorted(weights.tokens)
-    front = _front_matter(base, weights, prompts, widgets_of(run, prompts), run, license_name)
+    loras = any(item.kind in ("diffusers", "kohya", "peft") for item in files)
+    front = _front_matter(base, weights, prompts, widgets_of(run, prompts), run, license_name, loras)
     body = ["---", front + "---", "", f"# {run.name}", ""]
     body += [f"Trained with lit-personalize {__version__} on `{Path(base.source).name}` (`{base.fingerprint}`)."]
     if tokens:
@@ -205,6 +214,7 @@ def write_card(
         figures = [str(found.layers), f"{found.largest_error:.1e}"] if found else ["", "not checked"]
         rows.append([f"`exports/{item.name}`", item.kind, *figures])
     body += _table(["file", "kind", "layers", "largest error after reloading"], rows)
+    body += [f"\n`exports/{item.name}` leaves out {item.left_out}." for item in files if item.left_out]
     if report and report.picture_difference is not None:
         most = f"{report.picture_difference:.4f}"
         body += ["", f"A stock pipeline and the trainer's sampler differ by at most {most} per pixel."]

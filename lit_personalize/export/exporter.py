@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
-
-from torch import Tensor
 
 from lit_personalize.adapters.protocol import AdapterWeights, LowRank
 from lit_personalize.adapters.shadow import weight_layers
@@ -18,8 +16,10 @@ from lit_personalize.backbones.token_rows import pieces_of
 from lit_personalize.errors import UsageError
 from lit_personalize.export import files, keys
 from lit_personalize.export.factorize import factorize
+from lit_personalize.export.rotations import write_oft
 
-FORMATS = ("diffusers", "kohya", "peft", "delta", "pipeline")
+log = logging.getLogger(__name__)
+FORMATS = ("diffusers", "kohya", "peft", "delta", "neurons", "pipeline")
 
 
 @dataclass
@@ -28,12 +28,14 @@ class Exported:
 
     path: Path
     kind: str
-    """diffusers, kohya, peft, embedding, delta or pipeline."""
+    """diffusers, kohya, peft, oft, embedding, delta, neurons or pipeline."""
     errors: dict[str, float] = field(default_factory=dict)
     """Declared relative error of layers that were factored."""
     token: str = ""
     encoder: int | None = None
     """Which text encoder an embedding file is for; None where one file serves all."""
+    left_out: str = ""
+    """What a LoRA file cannot hold of the change, in words."""
     folder: Path | None = None
     """The export's folder, which `name` leaves out."""
 
@@ -52,40 +54,65 @@ def export(
     formats: Sequence[str] = ("diffusers", "kohya"),
     details: Mapping[str, object] | None = None,
     max_error: float = 1e-3,
+    max_rank: int | None = None,
 ) -> list[Exported]:
     """Write `weights` into `folder`.
 
     Args:
-        formats: "diffusers", "kohya" and "peft" write LoRA files (dense changes factored within `max_error`; of DoRA
-            "peft" writes factors and magnitudes as they are); "delta" the exact dense changes; "pipeline" a merged
-            pipeline. Learned embeddings are always written; for two text encoders one file with both, and with
-            "diffusers" also one file each.
+        formats: "diffusers", "kohya" and "peft" write LoRA files (dense changes factored within `max_error`), but
+            "peft" writes DoRA's factors and magnitudes, and rotations as a folder of PEFT's OFT, as they are; "delta"
+            the exact dense changes; "neurons" the indices of concept neurons; "pipeline" a merged pipeline. Learned
+            embeddings are always written; for two text encoders one file with both, and with "diffusers" also one
+            file each.
         details: Stored in every file's metadata (recipe, steps, run).
         max_error: Largest relative Frobenius error of a factored layer; 0 keeps every singular value.
+        max_rank: Bound on the rank of a factored layer, which goes before `max_error`; the error is declared.
 
     Raises:
-        UsageError: An unknown format, or a negative `max_error`.
+        UsageError: An unknown format, a negative `max_error`, or a `max_rank` below 1.
     """
     if unknown := [f for f in formats if f not in FORMATS]:
         raise UsageError(f"unknown export format {unknown[0]!r}; use {', '.join(FORMATS)}")
     if not max_error >= 0:
         raise UsageError(f"max_error must be 0 (exact) or positive, not {max_error}")
+    if max_rank is not None and max_rank < 1:
+        raise UsageError(f"max_rank must be at least 1 (or null for no bound), not {max_rank}")
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Exported] = []
     chosen = [f for f in ("diffusers", "kohya", "peft") if f in formats]
     if chosen and (weights.low_rank or weights.dense):
         described = describe(weights, base, name, "lora", details)
+        loras: list[Exported] = []
+        if left_out := _left_out(weights):
+            described["litp.left_out"] = left_out
+            log.warning("a LoRA file leaves out %s; the formats pipeline and delta hold them", left_out)
         dora = _components_of_dora(weights) if "peft" in chosen else []
-        written += _write_dora(weights, dora, folder, described)
+        loras += _write_dora(weights, dora, folder, described)
         if chosen != ["peft"] or any(keys.split(layer)[0] not in dora for layer in weights.layers()):
-            low_rank, errors = _all_low_rank(weights, base, max_error)
+            exact = set(weights.rotations) if chosen == ["peft"] else set()
+            low_rank, errors = _all_low_rank(weights, base, max_error, max_rank, exact)
             described["litp.largest_error"] = repr(max(errors.values(), default=0.0))
-            written += _write_loras(low_rank, errors, folder, base, name, chosen, described, dora)
+            for_peft = {layer: f for layer, f in low_rank.items() if layer not in weights.rotations}
+            loras += _write_loras(low_rank, for_peft, errors, folder, base, name, chosen, described, dora)
+        written += [replace(item, left_out=left_out) for item in loras]
+    if "peft" in formats:
+        described = describe(weights, base, name, "oft", details)
+        for component in dict.fromkeys(keys.split(layer)[0] for layer in weights.rotations):
+            path = write_oft(folder / "peft_oft" / component, weights.rotations, component, described)
+            written.append(Exported(path, "oft"))
     written += _write_embeddings(weights, folder, base, name, "diffusers" in formats, details)
-    if weights.dense and "delta" in formats:
+    if (weights.dense or weights.parameters) and "delta" in formats:
         path = folder / f"{file_stem(name)}.delta.safetensors"
         described = describe(weights, base, name, "delta", details)
-        written.append(Exported(files.write_safetensors(path, files.dense_deltas(weights.dense), described), "delta"))
+        changes = files.dense_deltas({**weights.dense, **weights.parameters})
+        written.append(Exported(files.write_safetensors(path, changes, described), "delta"))
+    if weights.neurons and "neurons" in formats:
+        path = folder / f"{file_stem(name)}.neurons.safetensors"
+        described = describe(weights, base, name, "neurons", details)
+        shapes = {keys.portable(layer): list(weights.dense[layer].shape) for layer in weights.neurons}
+        described["litp.neurons"] = json.dumps({"shapes": shapes, "share": _share(weights)}, sort_keys=True)
+        tensors = files.sparse_neurons(weights.neurons)
+        written.append(Exported(files.write_safetensors(path, tensors, described), "neurons"))
     if "pipeline" in formats:
         from lit_personalize.export.pipeline import write_pipeline
 
@@ -141,6 +168,7 @@ def describe(
 
 def _write_loras(
     low_rank: Mapping[str, LowRank],
+    for_peft: Mapping[str, LowRank],
     errors: dict[str, float],
     folder: Path,
     base: Base,
@@ -165,8 +193,8 @@ def _write_loras(
         path = folder / f"{file_stem(name)}.kohya.safetensors"
         written.append(Exported(files.write_safetensors(path, tensors, {**described, **extra}), "kohya", errors))
     if "peft" in formats:
-        for component in (c for c in dict.fromkeys(keys.split(layer)[0] for layer in low_rank) if c not in done):
-            path = files.write_peft(folder / "peft" / component, low_rank, component, described)
+        for component in (c for c in dict.fromkeys(keys.split(layer)[0] for layer in for_peft) if c not in done):
+            path = files.write_peft(folder / "peft" / component, for_peft, component, described)
             own = {layer: e for layer, e in errors.items() if keys.split(layer)[0] == component}
             written.append(Exported(path, "peft", own))
     return written
@@ -217,16 +245,39 @@ def _write_embeddings(
     return written
 
 
-def _all_low_rank(weights: AdapterWeights, base: Base, max_error: float) -> tuple[dict[str, LowRank], dict[str, float]]:
-    """Low-rank layers as they are, dense ones factored; where a layer has both, ranks are concatenated."""
+def _share(weights: AdapterWeights) -> float:
+    """Neurons as a share of the weights of the layers that have any."""
+    return sum(map(len, weights.neurons.values())) / sum(weights.dense[layer].numel() for layer in weights.neurons)
+
+
+def _left_out(weights: AdapterWeights) -> str:
+    """The share of the change that is in no layer's matrix, by number and by squared size; "" if there is none."""
+    changed = list(weights.parameters.values())
+    if not changed:
+        return ""
+    matrices = list(weights.deltas().values())
+    numbers = [sum(t.numel() for t in part) for part in (changed, matrices)]
+    squares = [sum(float(t.double().square().sum()) for t in part) for part in (changed, matrices)]
+    shares = [part[0] / (sum(part) or 1) for part in (numbers, squares)]
+    return (
+        f"the changes of {len(changed)} parameters such as biases, norms and embeddings "
+        f"({shares[0]:.2%} of the weights, {shares[1]:.2%} of the squared change)"
+    )
+
+
+def _all_low_rank(
+    weights: AdapterWeights, base: Base, max_error: float, max_rank: int | None, exact: Collection[str]
+) -> tuple[dict[str, LowRank], dict[str, float]]:
+    """Low-rank layers as they are, dense ones factored; those of `exact` are left out.
+
+    Where a layer has both, ranks are concatenated.
+    """
     low_rank, errors = dict(weights.low_rank), {}
-    shapes = {
-        f"{component}.{path}": cast(Tensor, layer._parameters["weight"]).shape
-        for component, module in base.components().items()
-        for path, layer in weight_layers(module).items()
-    }
+    layers = {f"{c}.{p}": m for c, module in base.components().items() for p, m in weight_layers(module).items()}
     for layer, delta in weights.dense.items():
-        factored, errors[layer] = factorize(delta, max_error)
-        factored = factored.shaped(shapes[layer])
+        if layer in exact:
+            continue
+        factored, errors[layer] = factorize(delta, max_error, max_rank)
+        factored = factored.shaped(layers[layer].weight.shape)
         low_rank[layer] = low_rank[layer].concatenate(factored) if layer in low_rank else factored
     return low_rank, errors

@@ -14,6 +14,8 @@ from lit_personalize.adapters.protocol import LowRank
 from lit_personalize.export import keys
 
 FORMAT_VERSION = "1"
+INDEX = ".idx"
+"""Ends the keys of neurons."""
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
@@ -120,6 +122,11 @@ def write_peft(
     return folder
 
 
-def dense_deltas(dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`{<portable layer>.delta: ΔW [out, in]}`, for our own reader; no stock client has a format for them."""
-    return {f"{keys.portable(layer)}.delta": delta for layer, delta in dense.items()}
+def sparse_neurons(neurons: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`{<portable layer>.idx: int32}`, ascending flat indices of weights that are zero; for our own reader alone."""
+    return {f"{keys.portable(layer)}{INDEX}": indices for layer, indices in neurons.items()}
+
+
+def dense_deltas(changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`{<portable name>.delta: change}` of layers `[out, in]` and of other parameters; for our own reader alone."""
+    return {f"{keys.portable(name)}.delta": change for name, change in changes.items()}

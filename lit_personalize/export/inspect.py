@@ -12,17 +12,24 @@ from torch import Tensor
 
 from lit_personalize.errors import DataError
 from lit_personalize.export import keys
+from lit_personalize.export.files import INDEX
 from lit_personalize.export.loading import LORA, read_file, settings_of, stated_alpha
+from lit_personalize.export.rotations import MARK
 
 FORMATS = {
-    "kohya": "kohya LoRA", "diffusers": "diffusers LoRA", "peft": "PEFT LoRA", "delta": "dense delta",
-    "embedding": "embedding",
+    "kohya": "kohya LoRA", "diffusers": "diffusers LoRA", "peft": "PEFT LoRA", "oft": "PEFT OFT",
+    "neurons": "concept neurons",
+    "delta": "dense delta", "embedding": "embedding",
 }  # fmt: skip
 
 
 def kind_of(tensors: Iterable[str]) -> str:
-    """Kind of a file by its keys: kohya, diffusers, peft, delta or embedding."""
+    """Kind of a file by its keys: kohya, diffusers, peft, oft, delta, neurons or embedding."""
     names = list(tensors)
+    if any(MARK in n for n in names):
+        return "oft"
+    if all(n.endswith(INDEX) for n in names):
+        return "neurons"
     if any(n.startswith("lora_") for n in names):
         return "kohya"
     if any(n.startswith(keys.PEFT_ROOT) for n in names):
@@ -76,7 +83,7 @@ def _components(names: Iterable[str], kind: str, metadata: Mapping[str, str]) ->
     """Layers by component, in the words of the file."""
     if kind == "embedding":
         return {}
-    if kind == "peft":
+    if kind in ("peft", "oft"):
         return {metadata.get("litp.component", "unet"): len(list(names))}
     parts = ("_".join(n.split("_")[:2]) if kind == "kohya" else keys.split(n)[0] for n in names)
     return dict(Counter(parts))

@@ -25,7 +25,7 @@ def split(layer: str) -> tuple[str, str]:
 def portable(layer: str) -> str:
     """The layer's name in files."""
     component, path = split(layer)
-    if component.startswith("text_encoder") and not path.startswith("text_model."):
+    if component.startswith("text_encoder") and not path.startswith(("text_model.", "text_projection")):
         path = f"text_model.{path}"
     return f"{component}.{path}"
 

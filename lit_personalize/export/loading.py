@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,22 +11,27 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from lit_personalize.adapters.concept_neurons import shut_change
 from lit_personalize.adapters.loaded import LoadedAdapter
 from lit_personalize.adapters.protocol import AdapterWeights, Dora, LowRank
-from lit_personalize.adapters.shadow import matrix_shape, weight_layers
+from lit_personalize.adapters.shadow import all_parameters, matrix_shape, weight_layers
 from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.loading import PICKLES
 from lit_personalize.errors import DataError
-from lit_personalize.export import keys
-from lit_personalize.export.files import FORMAT_VERSION
+from lit_personalize.export import keys, rotations
+from lit_personalize.export.files import FORMAT_VERSION, INDEX
 
+log = logging.getLogger(__name__)
 LORA_FILES = (
     "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "*.kohya.safetensors",
-    "peft/*/adapter_model.safetensors", "*.delta.safetensors",
+    "peft/*/adapter_model.safetensors", "peft_oft/*/adapter_model.safetensors",
+    "*.neurons.safetensors", "*.delta.safetensors",
 )  # fmt: skip
 """Names by which a folder's LoRA is found, the first that is there."""
+NOTICEABLE = 0.01
+"""Declared relative error of a layer above which reading a file warns of it."""
 LORA = re.compile(
     r"^(?P<layer>.+?)\.(?:lora_(?P<ab>[AB])(?:\.\w+)?|lora\.(?P<ud>up|down)|lora_(?P<k>up|down))\.weight$"
 )
@@ -58,7 +64,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not tensors:
         raise DataError(f"{path} holds no tensor")
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        if not (tensor.is_floating_point() or (name.endswith(INDEX) and tensor.dtype == torch.int32)):
             raise DataError(f"{path}: {name} is {tensor.dtype}; adapters hold floating-point numbers")
         if not bool(torch.isfinite(tensor).all()):
             raise DataError(f"{path}: {name} holds NaN or infinite values")
@@ -88,12 +94,25 @@ def read_adapter(paths: Path | Iterable[Path], base: Base, force: bool = False) 
                 "layout (one file instead of a directory) has another fingerprint, too: where this is one, add --force "
                 "(in Python force=True)"
             )
+        warn_of_loss(metadata, path)
         weights = weights.merge(parse(tensors, metadata, base, path))
     known = {step: path for step, path in steps.items() if step}
     if len(known) > 1 and not force:
         found = ", ".join(f"{path.name} of step {step}" for step, path in known.items())
         raise DataError(f"these files are of different steps of a run: {found}; export them again, or name one file")
     return weights
+
+
+def warn_of_loss(metadata: Mapping[str, str], path: Path) -> None:
+    """Say that a LoRA is only near to what was trained, where its file says so."""
+    if left_out := metadata.get("litp.left_out"):
+        log.warning("%s leaves out %s", path, left_out)
+    try:
+        error = float(metadata.get("litp.largest_error", 0))
+    except ValueError:
+        return  # another program's word for it
+    if error > NOTICEABLE:
+        log.warning("%s holds its layers with a relative error of up to %.2f; name another file for more", path, error)
 
 
 def _step_of(metadata: Mapping[str, str]) -> str:
@@ -137,7 +156,7 @@ def _expand(paths: Path | Iterable[Path]) -> list[Path]:
     embeddings = sorted(path.glob("learned_embeds*.safetensors"))
     for pattern in LORA_FILES:
         if found := sorted(path.glob(pattern)):
-            if len(found) > 1 and pattern != "peft/*/adapter_model.safetensors":
+            if len(found) > 1 and not pattern.startswith("peft"):
                 raise DataError(f"{path} holds {len(found)} files {pattern}; name one of them")
             return [*found, *embeddings]
     others = sorted(path.glob("*.safetensors"))
@@ -157,8 +176,16 @@ def parse(tensors: dict[str, Tensor], metadata: dict[str, str], base: Base, path
     style = "kohya" if any(k.startswith("lora_") for k in tensors) else "portable"
     known = keys.index_by(shapes, len(parts) == 3, style, stages if isinstance(stages, int) else None)
     magnitudes: dict[str, Tensor] = {}
-    if all(k.endswith(".delta") for k in tensors):
-        weights = AdapterWeights(dense={_known(k.removesuffix(".delta"), known, path): t for k, t in tensors.items()})
+    if any(rotations.MARK in k for k in tensors):
+        component = component_of(metadata, path)
+        settings = {k.partition(".")[2]: v for k, v in settings_of(metadata, path, component).items()}
+        named = {_known(k.partition(rotations.MARK)[0], known, path, component): t for k, t in tensors.items()}
+        own = {layer: cast(Tensor, module._parameters["weight"]) for layer, module in layers.items()}
+        weights = rotations.parse_rotations(named, settings, own, path)
+    elif all(k.endswith(INDEX) for k in tensors):
+        weights = _parse_neurons(tensors, known, layers, path)
+    elif all(k.endswith(".delta") for k in tensors):
+        weights = _parse_deltas(tensors, known, parts, path)
     else:
         factors, magnitudes = _without_magnitudes(tensors, metadata, known, path)
         weights = AdapterWeights(low_rank=_parse_lora(factors, metadata, known, path))
@@ -169,8 +196,8 @@ def parse(tensors: dict[str, Tensor], metadata: dict[str, str], base: Base, path
         if layer not in weights.low_rank or magnitude.shape != (shapes[layer][0],):
             raise DataError(f"{path}: the magnitude of {layer} has no factors, or is not one number per output")
         weights.dora[layer] = Dora(weights.low_rank.pop(layer), magnitude)
-        own = cast(Tensor, layers[layer]._parameters["weight"]).detach().flatten(1).float()
-        weights.dense[layer] = weights.dora[layer].delta(own.cpu())
+        frozen = cast(Tensor, layers[layer]._parameters["weight"]).detach().flatten(1).float()
+        weights.dense[layer] = weights.dora[layer].delta(frozen.cpu())
     return weights
 
 
@@ -178,7 +205,7 @@ def _without_magnitudes(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], known: Mapping[str, str], path: Path
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The other tensors, and DoRA's m `[out]` by layer."""
-    component = _component_of(metadata, path)
+    component = component_of(metadata, path)
     found: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -190,10 +217,40 @@ def _without_magnitudes(
     return others, found
 
 
-def _component_of(metadata: Mapping[str, str], path: Path) -> str:
-    """Of a PEFT folder, whose keys name none."""
-    folder = path.parent.name
-    return metadata.get("litp.component") or (folder if folder in keys.COMPONENTS else "unet")
+def _parse_neurons(
+    tensors: Mapping[str, Tensor], known: Mapping[str, str], layers: Mapping[str, nn.Module], path: Path
+) -> AdapterWeights:
+    """Indices of weights that are zero, and the change that they make of this base's weights."""
+    weights = AdapterWeights()
+    for key, indices in tensors.items():
+        layer = _known(key.removesuffix(INDEX), known, path)
+        weight = cast(Tensor, layers[layer]._parameters["weight"]).detach().cpu()
+        if indices.ndim != 1 or not bool((indices.diff() > 0).all()) or indices[0] < 0 or indices[-1] >= weight.numel():
+            raise DataError(f"{path}: {key} must hold ascending indices of a weight {tuple(weight.shape)}, once each")
+        weights.neurons[layer] = indices
+        weights.dense[layer] = shut_change(weight, indices).flatten(1)
+    return weights
+
+
+def _parse_deltas(
+    tensors: Mapping[str, Tensor], layers: Mapping[str, str], parts: Mapping[str, nn.Module], path: Path
+) -> AdapterWeights:
+    """Changes of whole layers, and of other parameters by their full names."""
+    weights = AdapterWeights()
+    shapes = {f"{c}.{p}": getattr(*found).shape for c, m in parts.items() for p, found in all_parameters(m).items()}
+    others = keys.index_by(shapes, False, "portable")
+    for key, tensor in tensors.items():
+        name = key.removesuffix(".delta")
+        if name in layers or name not in others:
+            weights.dense[_known(name, layers, path)] = tensor.float()
+        elif tensor.shape != shapes[others[name]]:
+            raise DataError(
+                f"{path}: {name} is {tuple(tensor.shape)}, the base has {tuple(shapes[others[name]])}; "
+                "the file was made for another base"
+            )
+        else:
+            weights.parameters[others[name]] = tensor.float()
+    return weights
 
 
 def _is_one_embedding(tensors: Mapping[str, Tensor]) -> bool:
@@ -231,10 +288,16 @@ def _known(name: str, known: Mapping[str, str], path: Path, component: str = "un
     raise DataError(f"{path}: {name} names no layer of this base; the file was made for another one")
 
 
+def component_of(metadata: Mapping[str, str], path: Path) -> str:
+    """The component of a PEFT folder: stated in the file, or the folder's name, or the UNet."""
+    folder = path.parent.name
+    return metadata.get("litp.component") or (folder if folder in keys.COMPONENTS else "unet")
+
+
 def _parse_lora(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], known: Mapping[str, str], path: Path
 ) -> dict[str, LowRank]:
-    default = _component_of(metadata, path)
+    default = component_of(metadata, path)
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key.endswith(".alpha"):

@@ -36,6 +36,9 @@ def merged_pipeline(weights: AdapterWeights, base: Base) -> Any:
         component, path = keys.split(layer)
         weight = pipe.components[component].get_submodule(path).weight
         weight.add_(weights.delta(layer).reshape(weight.shape))
+    for name, change in weights.parameters.items():
+        component, path = keys.split(name)
+        pipe.components[component].get_parameter(path).add_(change)
     for token, rows in weights.tokens.items():
         names = row_names(token, len(rows[0]))
         for i, new in enumerate(rows):

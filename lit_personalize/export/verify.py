@@ -52,6 +52,8 @@ class FileReport:
     """Layers by rank."""
     scales: dict[str, int] = field(default_factory=dict)
     """Layers by s = alpha / rank as the client applies it."""
+    left_out: str = ""
+    """What the file cannot hold of the change."""
     coverage: str = ""
     """Changed linear layers of attention in the UNet, of all."""
 
@@ -76,13 +78,13 @@ def exported_of(paths: Sequence[Path]) -> list[Exported]:
     """
     found = []
     for path in paths:
-        if path.is_dir():
-            found.append(Exported(path, "pipeline" if (path / "model_index.json").exists() else "peft"))
+        if (path / "model_index.json").exists():
+            found.append(Exported(path, "pipeline"))
             continue
-        tensors, metadata = read_file(path)
+        tensors, metadata = read_file(path / "adapter_model.safetensors" if path.is_dir() else path)
         kind = kind_of(tensors)
         encoder = int(metadata["litp.encoder"]) if "litp.encoder" in metadata else None
-        if kind == "peft":
+        if kind in ("peft", "oft") and not path.is_dir():
             path = path.parent
         found.append(Exported(path, kind, token=metadata.get("litp.token", ""), encoder=encoder))
     together = Path(os.path.commonpath([item.path.absolute().parent for item in found])) if found else None
@@ -101,7 +103,7 @@ def adapters_in(folder: Path) -> list[Path]:
         read_file(pickled)
     files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("textual_inversion/*.safetensors"))
     merged = [folder / "pipeline"] if (folder / "pipeline" / "model_index.json").exists() else []
-    return [*files, *sorted(p.parent for p in folder.glob("peft/*/adapter_config.json")), *merged]
+    return [*files, *sorted(p.parent for p in folder.glob("peft*/*/adapter_config.json")), *merged]
 
 
 def verify(
@@ -124,9 +126,11 @@ def verify(
             report.files.append(_check_lora(item, base, wanted, client))
             if client is pipe:
                 pipe.unload_lora_weights()
+        elif item.kind == "oft":
+            report.files.append(_check_oft(item, base, reference))
         elif item.kind == "embedding":
             report.files.append(_check_embedding(item, base, reference))
-        elif item.kind == "delta":
+        elif item.kind in ("delta", "neurons"):
             report.files.append(_check_delta(item, base, reference))
         elif item.kind == "pipeline":
             found, difference = _check_pipeline(item, base, reference, prompt)
@@ -160,7 +164,7 @@ def _check_lora(item: Exported, base: Base, reference: AdapterWeights, pipe: Any
         missing, extra = sorted(set(wanted) - set(loaded)), sorted(set(loaded) - set(wanted))
         raise VerificationError(f"{item.path}: the client did not load {missing[:3]}, and loaded {extra[:3]} besides")
     declared = {keys.portable(n): e for n, e in item.errors.items()}
-    report = FileReport(item.name, item.kind, len(loaded))
+    report = FileReport(item.name, item.kind, len(loaded), left_out=item.left_out)
     for name, layer in wanted.items():
         client = loaded[name]
         found, delta = client.delta(), _product(reference, layer, client, item)
@@ -248,6 +252,35 @@ def _load_peft(item: Exported, base: Base, pipe: Any) -> Iterator[tuple[str, _Cl
     yield from _client_layers(model.base_model.model, component, "checked")
 
 
+def _check_oft(item: Exported, base: Base, reference: AdapterWeights | None) -> FileReport:
+    """Load a folder of rotations into PEFT and compare W0·(R - I)ᵀ of every layer, in fp64."""
+    from peft import PeftModel
+    from peft.tuners.oft import OFTLayer
+
+    named = read_adapter(item.path, base, force=True)
+    component = keys.split(named.layers()[0])[0]
+    client = stock_pipeline(base).components[component]
+    model = PeftModel.from_pretrained(client, item.path, adapter_name="checked").double()
+    report = FileReport(item.name, item.kind, components={component: len(named.layers())})
+    wanted = named if reference is None else reference
+    for path, layer in model.base_model.model.named_modules():
+        if not isinstance(layer, OFTLayer):
+            continue
+        name, weight = f"{component}.{path}", layer.get_base_layer().weight
+        if name not in wanted.dense:
+            raise VerificationError(f"{item.path}: the client rotates {name}, which was not trained")
+        found = weight @ layer.get_delta_weight("checked").mT - weight
+        error = _relative(found.detach(), wanted.dense[name]) if wanted.dense[name].any() else float(found.abs().max())
+        if not error <= TOLERANCE:
+            raise VerificationError(f"{item.path}: {name} comes back with relative error {error:.1e} > {TOLERANCE:.0e}")
+        report.layers += 1
+        report.largest_error = max(report.largest_error, error)
+    trained = [layer for layer in wanted.rotations or wanted.dense if keys.split(layer)[0] == component]
+    if report.layers != len(trained):
+        raise VerificationError(f"{item.path}: the client rotates {report.layers} layers, {len(trained)} were trained")
+    return report
+
+
 # ---- embeddings, deltas, pipelines ------------------------------------------------------------------
 
 
@@ -275,11 +308,12 @@ def _check_embedding(item: Exported, base: Base, reference: AdapterWeights | Non
 
 
 def _check_delta(item: Exported, base: Base, reference: AdapterWeights | None) -> FileReport:
-    found = read_adapter(item.path, base, force=True).dense
-    if reference is not None and (
-        set(found) != set(reference.dense) or any(not torch.equal(d, reference.dense[n]) for n, d in found.items())
-    ):
-        raise VerificationError(f"{item.path}: the deltas are not those that were trained")
+    read = read_adapter(item.path, base, force=True)
+    kinds = ("neurons",) if item.kind == "neurons" else ("dense", "parameters")
+    found, trained = ({n: t for kind in kinds for n, t in getattr(w, kind).items()} for w in (read, reference or read))
+    wanted: dict[str, Tensor] = trained
+    if set(found) != set(wanted) or any(not torch.equal(d, wanted[n]) for n, d in found.items()):
+        raise VerificationError(f"{item.path}: the {item.kind} are not what was trained")
     return FileReport(item.name, item.kind, len(found), components=dict(Counter(keys.split(n)[0] for n in found)))
 
 

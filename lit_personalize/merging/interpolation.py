@@ -46,7 +46,8 @@ def interpolate(first: AdapterWeights, second: AdapterWeights, alpha: float, tok
             dense[layer] = (1 - alpha) * one
         elif other is not None and alpha > 0:
             dense[layer] = alpha * other
-    return AdapterWeights(low_rank, dense, _mixed_tokens(first.tokens, second.tokens, alpha, token))
+    tokens = _mixed_tokens(first.tokens, second.tokens, alpha, token)
+    return AdapterWeights(low_rank=low_rank, dense=dense, tokens=tokens)
 
 
 def _scaled(factors: LowRank, share: float) -> LowRank:

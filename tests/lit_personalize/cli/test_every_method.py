@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -12,8 +13,21 @@ from safetensors.torch import load_file
 from lit_personalize.cli.main import main
 
 METHODS = ("textual_inversion", "dreambooth_lora", "custom_diffusion", "lora")
+NEWER = ("dreambooth", "oft")
+"""On two families only: each case takes seconds."""
+FORMATS = {
+    "custom_diffusion": "[diffusers, kohya, delta]",
+    "dreambooth": "[diffusers, delta]",
+    "oft": "[diffusers, peft]",
+    "cones": "[diffusers, neurons]",
+}
 FAMILIES = ("sd1", "sd2", "sd2-v", "sdxl")
-CASES = [(method, family) for method in METHODS for family in FAMILIES] + [("b_lora", "sdxl")]
+CASES = [
+    *itertools.product(METHODS, FAMILIES),
+    *itertools.product(NEWER, ("sd1", "sdxl")),
+    ("cones", "sd1"),
+    ("b_lora", "sdxl"),
+]
 OPTIONS = {
     "lora": "[{class_path: LoRA, init_args: {rank: 2, use_dora: true, lr_ratio: 4, block_lr: {mid_block.*: 1e-5}}}]"
 }
@@ -32,7 +46,7 @@ def test_resumed_is_undisturbed_in_every_exported_tensor(
 ) -> None:
     given = ["--images", "photos", "--class-noun", "cat", "--method", method, "--base", str(tiny_bases[family])]
     assert main(["init", *given, "--regularization", "reg/00000.tar", "--name", "run"]) == 0
-    formats = "[diffusers, kohya, delta]" if method == "custom_diffusion" else "[diffusers, kohya]"
+    formats = FORMATS.get(method, "[diffusers, kohya]")
     fit = [
         "fit", "-c", "run.yaml", "--data.init_args.resolution", "32", "--data.init_args.batch_size", "1",
         "--trainer.accumulate_grad_batches", "1", "--model.init_args.dtype", "float32", "--export.formats", formats,

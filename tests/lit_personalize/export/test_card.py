@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 
 from lit_personalize.adapters.lora import LoRA
+from lit_personalize.adapters.oft import OFT
 from lit_personalize.adapters.protocol import Adapter, AdapterWeights
 from lit_personalize.adapters.token_embedding import TokenEmbedding
 from lit_personalize.backbones.base import Base
@@ -69,6 +70,27 @@ def test_the_snippet_draws_the_trained_picture(
     assert np.abs(np.round(stock * 255) - ours).max() <= 1
     untouched = generate(base, ["a cat"], [0], None, SamplingOptions(steps=3, guidance=3.0))[0]
     assert np.abs(untouched.astype(int) - ours).max() > 1
+
+
+@pytest.mark.parametrize("formats", [["peft"], ["pipeline"]])
+def test_the_snippet_loads_what_is_no_lora(
+    tiny_bases: dict[str, Path], train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, formats: list[str]
+) -> None:
+    adapter = OFT()
+    base, weights = train(tiny_bases["sd1"], [adapter])
+    run = RunDirectory(tmp_path, "run").create()
+    files = export(weights, run.exports, base, run.name, formats)
+    monkeypatch.chdir(run.path)
+    names: dict[str, object] = {}
+    exec(loading_snippet(base, files).replace("BASE", str(tiny_bases["sd1"])), names)  # noqa: S102 - our own text
+    pipe = names["pipe"]
+    pipe.scheduler = stock_pipeline(base).scheduler  # type: ignore[attr-defined]
+    stock = pipe(  # type: ignore[operator]
+        "a cat", num_inference_steps=3, guidance_scale=3.0, height=base.resolution, width=base.resolution,
+        latents=start_noise(base, [0]), output_type="np",
+    ).images[0]  # fmt: skip
+    ours = generate(base, ["a cat"], [0], [adapter], SamplingOptions(steps=3, guidance=3.0))[0]
+    assert np.abs(np.round(stock * 255) - ours).max() <= 1
 
 
 def test_the_snippet_names_both_rows_where_there_is_no_pair(
