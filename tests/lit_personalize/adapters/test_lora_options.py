@@ -204,7 +204,7 @@ def test_dora_is_that_of_peft_with_its_gradients(tiny_bases: dict[str, Path], tm
 
 
 def test_dora_in_bf16_keeps_small_magnitudes(tiny_bases: dict[str, Path]) -> None:
-    """A change of m by a hundredth arrives as one, though bf16 has nothing between 1.0078 and 1.0156."""
+    """m a hundredth longer is that in every output, though bf16 has nothing between 1.0078 and 1.0156."""
     base, adapter = attached(tiny_bases["sd1"], dtype="bfloat16", use_dora=True)
     layer = next(iter(adapter.layers()))
     module = base.unet.get_submodule(layer.removeprefix("unet."))
@@ -213,7 +213,8 @@ def test_dora_in_bf16_keeps_small_magnitudes(tiny_bases: dict[str, Path]) -> Non
         before = module(x).float()
         adapter.factor(f"{layer}:m").mul_(1.01)
         after = module(x).float()
-    assert float((after.abs().mean() / before.abs().mean()) - 1) == pytest.approx(1e-2, rel=0.1)
+    grown = (after.abs().mean(dim=0) / before.abs().mean(dim=0)) - 1
+    torch.testing.assert_close(grown, torch.full_like(grown, 1e-2), rtol=0.15, atol=0)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
