@@ -71,8 +71,9 @@ def test_doctor_speaks_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 REPORTS = [
-    *([verb] for verb in VERBS if verb not in ("data", "runs", "world")),
+    *([verb] for verb in VERBS if verb not in ("data", "merge", "runs", "world")),
     *(["data", what] for what in ("check", "sheet")),
+    *(["merge", what] for what in ("linear", "blora", "extract")),
     *(["runs", what] for what in ("ls", "show")),
     *(["world", what] for what in ("render", "build", "card")),
 ]
