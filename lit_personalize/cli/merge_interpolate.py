@@ -39,12 +39,13 @@ def main(arguments: list[str]) -> int:
     from lit_personalize.export.loading import read_adapter
     from lit_personalize.export.verify import verify
     from lit_personalize.merging.interpolation import interpolate
+    from lit_personalize.merging.sources import matrices_only
 
     if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
         raise UsageError(f"{options.output} is not an empty folder; name a new one with -o")
     base = load_base(options.base, config=options.base_config, device=device_of(options.device))
     paths = [Path(given) for given in options.adapters]
-    first, second = (read_adapter(exports_of(path), base, options.force) for path in paths)
+    first, second = (matrices_only(read_adapter(exports_of(p), base, options.force), str(p)) for p in paths)
     weights = interpolate(first, second, options.alpha, options.token)
     details = {"merge": "interpolate", "of": [str(path) for path in paths], "alpha": options.alpha}
     files = export(weights, options.output, base, options.output.name, options.formats, details)

@@ -123,13 +123,14 @@ def read_sources(
 
     Raises:
         DataError: See `export.loading.read_adapter`.
-        UsageError: A block strength fits no layer, or a rename names a token that is not there.
+        UsageError: A block strength fits no layer, a rename names a token that is not there, or an adapter changes
+            norms or biases.
     """
     sources = []
     for number, (path, strength) in enumerate(adapters, 1):
         folder = path / "exports" if (path / "exports").is_dir() else path
         own = [b for b in blocks if b.adapter in (None, number)]
-        source = Source(str(path), read_adapter(folder, base, force), strength, own)
+        source = Source(str(path), matrices_only(read_adapter(folder, base, force), str(path)), strength, own)
         _rename(source, {old: new for (n, old), new in (renames or {}).items() if n == number}, base)
         sources.append(source)
     for block in blocks:
@@ -139,6 +140,20 @@ def read_sources(
     if wrong := [n for n, _ in renames or {} if not 1 <= n <= len(sources)]:
         raise UsageError(f"a token of adapter {wrong[0]} is to be renamed, but there are {len(sources)} adapters")
     return sources
+
+
+def matrices_only(weights: AdapterWeights, name: str) -> AdapterWeights:
+    """The same weights.
+
+    Raises:
+        UsageError: They change norms, biases or embeddings, which no LoRA holds.
+    """
+    if weights.parameters:
+        raise UsageError(
+            f"{name} changes {len(weights.parameters)} norms, biases or embeddings, such as {min(weights.parameters)}, "
+            "which a merge would lose; merge its LoRA instead (litp export --formats diffusers, or litp merge extract)"
+        )
+    return weights
 
 
 def _names(sources: Iterable[Source]) -> str:

@@ -73,7 +73,7 @@ def test_doctor_speaks_json(capsys: pytest.CaptureFixture[str]) -> None:
 REPORTS = [
     *([verb] for verb in VERBS if verb not in ("data", "merge", "runs", "world")),
     *(["data", what] for what in ("check", "sheet")),
-    *(["merge", what] for what in ("linear", "blora", "extract")),
+    *(["merge", what] for what in ("closed-form", "interpolate", "linear", "ziplora", "blora", "extract")),
     *(["runs", what] for what in ("ls", "show")),
     *(["world", what] for what in ("render", "build", "card")),
 ]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import lit_personalize
+from lit_personalize.adapters.full_weights import FullWeights
 from lit_personalize.adapters.key_value_delta import KeyValueDelta
 from lit_personalize.adapters.lora import LoRA
 from lit_personalize.adapters.protocol import Adapter, AdapterWeights
@@ -153,6 +154,9 @@ def test_bad_input_is_one_sentence(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
     refused(2, "holds other files", "linear", one, two, *base, "-o", str(tmp_path / "full"))
+    make("sd1", "whole", FullWeights(), formats=("delta",))
+    for mode in ("linear", "interpolate"):
+        refused(2, "norms, biases or embeddings, such as unet.", mode, two, str(tmp_path / "whole"), *base, *out)
     assert not (tmp_path / "out").exists()
 
 
