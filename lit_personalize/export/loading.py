@@ -104,10 +104,16 @@ def _step_of(metadata: Mapping[str, str]) -> str:
         return ""  # details are free text to other programs
 
 
-def load_adapter(paths: Path | Iterable[Path], base: Base, scale: float = 1.0, force: bool = False) -> LoadedAdapter:
-    """Read and attach an adapter; it is active at once."""
+def load_adapter(
+    paths: Path | Iterable[Path],
+    base: Base,
+    scale: float = 1.0,
+    force: bool = False,
+    blocks: Mapping[str, float] | None = None,
+) -> LoadedAdapter:
+    """Read and attach an adapter; it is active at once. For `scale` and `blocks` see `LoadedAdapter`."""
     name = str(paths) if isinstance(paths, Path | str) else "+".join(Path(p).name for p in paths)
-    adapter = LoadedAdapter(read_adapter(paths, base, force), name, scale)
+    adapter = LoadedAdapter(read_adapter(paths, base, force), name, scale, blocks)
     adapter.attach(base)
     return adapter
 
