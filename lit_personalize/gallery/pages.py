@@ -17,7 +17,7 @@ def _environment() -> Environment:
     """Escapes in every template; a name that nobody gave is an error."""
     loader = PackageLoader("lit_personalize.gallery")
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    made.filters.update(size=size, link=quote)
+    made.filters.update(size=size, link=quote, zip=zip)
     return made
 
 
