@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", default="tinyworld", help='diffusers directory, single file, or "tinyworld"')
     parser.add_argument("--base-config", default=None, help="configs and tokenizers of a single-file base")
     parser.add_argument("--adapter", action="append", default=[], metavar="FILE|RUN[@STRENGTHS]",
-                        help="may be repeated; @0.8 for all of it, @0.8,mid_block=0,up_blocks.1=0.5 also by block")  # fmt: skip
+                        help="may be repeated; strengths: 0.8 of all of it, 0.8,mid_block=0 also by block")  # fmt: skip
     parser.add_argument("--strengths", type=float, nargs="+", default=[1.0],
                         help="draw at each of these, times the adapters' own")  # fmt: skip
     parser.add_argument("--grid", action="store_true", help="draw each adapter by itself, side by side")
@@ -34,7 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--scheduler", choices=NAMES, default="ddim", help="takes the steps")
     parser.add_argument("--resolution", type=int, default=None)
     parser.add_argument("--force", action="store_true", help="accept an adapter that was made for another base")
-    parser.add_argument("-o", "--output", type=Path, default=Path("samples"), help="folder for pictures, grid.png and index.html")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("samples"), help="folder for pictures, grid.png and index.html"
+    )
     add_json(parser)
     add_device(parser)
     return parser

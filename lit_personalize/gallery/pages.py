@@ -29,11 +29,6 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
 
 def size(count: int) -> str:
     """Bytes as people read them: 3.1 MB."""
-    amount = float(count)
-    for unit in ("bytes", "kB", "MB"):
-        if amount < 1000:
-            break
-        amount /= 1000
-    else:
-        unit = "GB"
-    return f"{amount:.0f} {unit}" if unit == "bytes" or amount >= 100 else f"{amount:.1f} {unit}"
+    power = min((len(str(count)) - 1) // 3, 3)
+    amount, unit = count / 1000**power, ("bytes", "kB", "MB", "GB")[power]
+    return f"{amount:.0f} {unit}" if power == 0 or amount >= 100 else f"{amount:.1f} {unit}"

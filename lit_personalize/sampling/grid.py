@@ -57,7 +57,7 @@ def labelled_grid(pictures: np.ndarray, rows: Labels, columns: Labels) -> Image.
     height, width = pictures.shape[2:4]
     scale = max(1.0, SMALLEST // max(height, width)) if max(height, width) < LARGEST else LARGEST / max(height, width)
     height, width = round(height * scale), round(width * scale)
-    size = max(13, width // 20)
+    size = max(15, width // 18)
     font, line = ImageFont.load_default(size), round(1.3 * size)
     spans = [(label, len(list(same))) for label, same in groupby(outer for outer, _ in columns)]
     heads = [wrap(label, font, count * (width + GAP) - GAP, LINES) for label, count in spans]

@@ -80,9 +80,7 @@ def generate_latents(
     return torch.cat(latents)
 
 
-def _denoise(
-    base: Base, prompts: list[str], seeds: Sequence[int], z: Tensor, options: SamplingOptions
-) -> Tensor:
+def _denoise(base: Base, prompts: list[str], seeds: Sequence[int], z: Tensor, options: SamplingOptions) -> Tensor:
     conditioning = base.condition(prompts)
     guided = options.guidance != 1
     if guided:
