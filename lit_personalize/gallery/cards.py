@@ -153,7 +153,7 @@ def _read_run(card: Card, run: RunDirectory) -> None:
     config: dict[str, Any] = yaml.safe_load((card.source / "config.yaml").read_text(encoding="utf-8"))
     options: dict[str, Any] = config["model"]["init_args"]
     adapters = [_short(adapter["class_path"]) for adapter in options.get("adapters") or []]
-    card.method = f"{_short(config['model']['class_path'])} of {' + '.join(adapters)}"
+    card.method = f"{' + '.join(adapters)} by {_short(config['model']['class_path'])}"
     card.base_path, card.base = str(options["base"]), Path(str(options["base"])).name
     for concept in ((config.get("data") or {}).get("init_args") or {}).get("concepts") or []:
         if concept.get("token") and concept["token"] not in card.tokens:
