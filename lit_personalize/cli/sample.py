@@ -76,7 +76,8 @@ def _k_lora(places: list[str], force: bool) -> Source:
     from lit_personalize.sampling.cells import Source, exports_of
 
     def attach(base: Base) -> KLoRA:
-        adapter = KLoRA(*(read_adapter(exports_of(Path(place)), base, force) for place in places))
+        content, style = (read_adapter(exports_of(Path(place)), base, force) for place in places)
+        adapter = KLoRA(content, style)
         adapter.attach(base)
         return adapter
 

@@ -22,7 +22,7 @@ def write_cells(cells: Cells, folder: Path) -> list[dict[str, Any]]:
     folder.mkdir(parents=True, exist_ok=True)
     axes = (range(len(cells.prompts)), cells.seeds, range(len(cells.groups)), cells.strengths)
     pictures = cells.pictures.reshape(-1, *cells.pictures.shape[-3:])
-    drawn = []
+    drawn: list[dict[str, Any]] = []
     for (prompt, seed, group, strength), pixels in zip(product(*axes), pictures, strict=True):
         name = f"{prompt:02d}_{seed}"
         name += f"_a{group}" if len(cells.groups) > 1 else ""

@@ -31,7 +31,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}),
     "euler": ("EulerDiscreteScheduler", {}),
     "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {"clip_sample": False}),
     "lms": ("LMSDiscreteScheduler", {}),
     "dpm": ("DPMSolverMultistepScheduler", {}),
     "dpm-single": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),

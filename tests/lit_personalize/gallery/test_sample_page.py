@@ -50,9 +50,7 @@ def test_every_picture_stands_under_its_labels(tmp_path: Path, check_page: Calla
     }  # fmt: skip
 
 
-def test_names_of_files_are_short_for_one_adapter(
-    tmp_path: Path, check_page: Callable[[Path], Any]
-) -> None:
+def test_names_of_files_are_short_for_one_adapter(tmp_path: Path, check_page: Callable[[Path], Any]) -> None:
     write_cells(cells(groups=1, strengths=1), tmp_path)
     check_page(tmp_path / "index.html")
     assert {p.name for p in tmp_path.glob("0*.png")} == {"00_7.png", "00_8.png", "01_7.png", "01_8.png"}

@@ -144,7 +144,7 @@ def test_seeds_go_across_where_nothing_else_does(tiny_bases: dict[str, Path]) ->
         (["--strengths", "0", "1"], "--grid and --strengths are of adapters"),
         (
             ["--adapter", "LORA@up_block=1"],
-            "has 'up_block' in its name; it changes unet.down_",
+            "no layer that it changes has 'up_block' in its name; it changes text_encoder, ",
         ),
         (["--adapter", "LORA@strong"], "'strong' behind the @ is no strength"),
         (["--adapter", "LORA", "--adapter", "LORA"], "two adapters are named"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,10 @@ MEAN, SPREAD = 3.0, 0.5  # beyond [-1, 1]: a scheduler that clips is far off
 
 @pytest.fixture(scope="module")
 def base(tiny_bases: dict[str, Path]) -> Base:
-    return load_base(tiny_bases["sd1"])
+    """Its scheduler clips, as that of models of pixels does: none of ours may."""
+    base = load_base(tiny_bases["sd1"])
+    base.scheduler.register_to_config(clip_sample=True)
+    return base
 
 
 def denoised(base: Base, name: str, steps: int, seeds: list[int]) -> torch.Tensor:
@@ -79,6 +83,25 @@ def test_a_picture_does_not_depend_on_its_batch(tiny_bases: dict[str, Path], nam
     alone = generate(base, ["a cat", "a dog"], [1, 2], options=SamplingOptions(**how, batch_size=1))  # type: ignore[arg-type]
     assert np.abs(together.astype(int) - alone.astype(int)).max() <= 1
     assert together.std() > 0 and not np.array_equal(together[0], together[1])
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_bases: dict[str, Path]) -> Any:
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_bases["sd1"], local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in NOISY])
+def test_draws_what_the_stock_pipeline_draws(base: Base, pipe: Any, name: str) -> None:
+    own = scheduler_of(base, name, 4)
+    pipe.scheduler = type(own).from_config(own.config)
+    stock = pipe("a cat", negative_prompt="", num_inference_steps=4, guidance_scale=3.0, height=32, width=32,
+                 latents=start_noise(base, [7]), output_type="np").images[0]  # fmt: skip
+    ours = generate(base, ["a cat"], [7], options=SamplingOptions(steps=4, guidance=3.0, scheduler=name))  # type: ignore[arg-type]
+    assert np.abs(ours[0] / 255.0 - stock).max() <= 1 / 255 + 1e-5
 
 
 def test_what_cannot_be_is_refused(
