@@ -75,7 +75,7 @@ def test_every_step_draws_anew(base: Base, name: str) -> None:
     assert abs(float(torch.corrcoef(torch.stack([f.flatten() - z.flatten() for f in found]))[0, 1])) < 0.9
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["ddpm", "euler-ancestral", "dpm-single"])
 def test_a_picture_does_not_depend_on_its_batch(tiny_bases: dict[str, Path], name: str) -> None:
     base = load_base(tiny_bases["sd2-v"])
     how = {"steps": 3, "guidance": 2.0, "scheduler": name}
@@ -94,7 +94,7 @@ def pipe(tiny_bases: dict[str, Path]) -> Any:
     return pipe
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in NOISY])
+@pytest.mark.parametrize("name", ["euler", "heun", "pndm", "unipc"])  # scaled input, two predictions, one more, memory
 def test_draws_what_the_stock_pipeline_draws(base: Base, pipe: Any, name: str) -> None:
     own = scheduler_of(base, name, 4)
     pipe.scheduler = type(own).from_config(own.config)
