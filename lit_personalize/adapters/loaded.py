@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
@@ -11,20 +13,33 @@ from lit_personalize.adapters.protocol import Adapter, AdapterWeights
 from lit_personalize.adapters.shadow import WeightShadow, all_parameters, matrix_shape, weight_layers
 from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.token_rows import row_names
-from lit_personalize.errors import DataError
+from lit_personalize.errors import DataError, UsageError
 
 
 class LoadedAdapter(Adapter):
     """Weights from `export.loading.read_adapter`, applied with a strength.
 
     Args:
-        scale: Multiplies every ΔW; token rows are used as they are.
+        scale: Multiplies every ΔW, also those of text encoders; token rows are used as they are.
+        blocks: Part of a layer's name -> strength; multiplies the ΔW of layers that have it, beside `scale`. A part is
+            whole words between dots (`up_blocks.1`), where `*` stands for any letters of one word. Of several that
+            match a layer the last counts.
+
+    Raises:
+        UsageError: A part is in the name of no changed layer.
     """
 
-    def __init__(self, weights: AdapterWeights, name: str = "loaded", scale: float = 1.0):
+    def __init__(
+        self,
+        weights: AdapterWeights,
+        name: str = "loaded",
+        scale: float = 1.0,
+        blocks: Mapping[str, float] | None = None,
+    ):
         super().__init__(name)
         self.weights = weights
         self.scale = scale
+        self.strengths = strengths_of([*weights.layers(), *weights.parameters], blocks or {}, name)
         self._shadows: dict[str, WeightShadow] = {}
         self._others: dict[str, WeightShadow] = {}
 
@@ -77,7 +92,8 @@ class LoadedAdapter(Adapter):
         for layer in self._shadows:
             self.put(layer)
         for name, shadow in self._others.items():
-            change = self.scale * self.weights.parameters[name].to(shadow.frozen.device) if self.active else None
+            strength = self.scale * self.strengths.get(name, 1.0)
+            change = strength * self.weights.parameters[name].to(shadow.frozen.device) if self.active else None
             shadow.set(self.name, change)
 
     def put(self, layer: str) -> None:
@@ -86,10 +102,12 @@ class LoadedAdapter(Adapter):
         if not self.active:
             shadow.set(self.name, None)
             shadow.shut(self.name, None)
-        elif layer in self.weights.neurons:  # a weight that two adapters shut off is zero, not subtracted twice
-            shadow.shut(self.name, self.weights.neurons[layer], self.scale)
+            return
+        strength = self.scale * self.strengths.get(layer, 1.0)
+        if layer in self.weights.neurons:  # a weight that two adapters shut off is zero, not subtracted twice
+            shadow.shut(self.name, self.weights.neurons[layer], strength)
         else:
-            delta = self.scale * self.delta(layer).to(shadow.frozen.device)
+            delta = strength * self.delta(layer).to(shadow.frozen.device)
             shadow.set(self.name, delta.reshape(shadow.frozen.shape))
 
     def set_active(self, active: bool) -> None:
@@ -105,3 +123,30 @@ class LoadedAdapter(Adapter):
 
     def export_weights(self) -> AdapterWeights:
         return self.weights
+
+
+def strengths_of(layers: Iterable[str], blocks: Mapping[str, float], name: str) -> dict[str, float]:
+    """Layer -> the strength of the last part that its name has; layers without one are left out.
+
+    Raises:
+        UsageError: A part is in no layer's name.
+    """
+    found: dict[str, float] = {}
+    known = list(layers)
+    for part, strength in blocks.items():
+        words = re.escape(part).replace(r"\*", "[^.]*")
+        pattern = re.compile(rf"(?:^|\.){words}(?:\.|$)")
+        matched = [layer for layer in known if pattern.search(layer)]
+        if not part or not matched:
+            raise UsageError(
+                f"adapter {name!r}: no layer that it changes has {part!r} in its name; "
+                f"it changes {', '.join(blocks_of(known)) or 'tokens only'}"
+            )
+        found |= dict.fromkeys(matched, strength)
+    return found
+
+
+def blocks_of(layers: Iterable[str]) -> list[str]:
+    """The blocks that layers lie in, once each: `unet.up_blocks.1`, `unet.mid_block`, `text_encoder`."""
+    short = re.compile(r"^(unet\.(?:\w+_blocks\.\d+|\w+)|[^.]+)")
+    return list(dict.fromkeys(match[0] for layer in layers if (match := short.match(layer))))

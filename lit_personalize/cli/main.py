@@ -21,6 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "verify": ("verify", "reload an adapter file through the stock client and compare"),
     "inspect": ("inspect", "show keys, ranks, tokens and metadata of an adapter file"),
     "data": ("data", "check the pictures of a configuration, or draw what the model sees"),
+    "gallery": ("gallery", "write a page of adapters with their pictures and files"),
     "runs": ("runs", "list runs, or show one"),
     "doctor": ("doctor", "report versions, devices and known problems"),
     "world": ("world", "render pictures of the embedded world, or build its base"),

@@ -17,7 +17,8 @@ PRUNING = ("ties", "dare", "magnitude")
 
 def build_parser(mode: Mode, text: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"litp merge {mode}", description=text)
-    parser.add_argument("adapters", nargs="*", metavar="FILE|FOLDER[@STRENGTH]", help="adapters, or runs")
+    parser.add_argument("adapters", nargs="*", metavar="PLACE[@STRENGTH[,BLOCK=STRENGTH]]",
+                        help="files, folders or runs")
     add_cut(parser)
     parser.add_argument(
         "--block", action="append", default=[], metavar="[N:]PATTERN=FACTOR",
@@ -86,18 +87,20 @@ def run(mode: Mode, text: str, arguments: list[str]) -> int:
     given = build_parser(mode, text).parse_args(arguments)
     configure_logging()
     from lit_personalize.backbones.loading import load_base
-    from lit_personalize.cli.sample import path_and_scale
     from lit_personalize.devices import device_of
     from lit_personalize.merging.arithmetic import MergeOptions, check
     from lit_personalize.merging.merge import merge
+    from lit_personalize.sampling.cells import split_strengths
 
     names = ("rank", "energy", "density", "on", "sign", "elect", "seed", "protect")
     options: dict[str, Any] = {name: getattr(given, name) for name in names if hasattr(given, name)}
-    adapters = [path_and_scale(entry) for entry in given.adapters]
+    parsed = [split_strengths(entry) for entry in given.adapters]
+    adapters = [(path, strength) for path, strength, _ in parsed]
+    own = [f"{n}:{part}={factor}" for n, (_, _, parts) in enumerate(parsed, 1) for part, factor in parts.items()]
     check(mode, len(adapters), MergeOptions(**options))  # before the base is loaded
     report = merge(
         mode, adapters, given.output, load_base(given.base, config=given.base_config, device=device_of(given.device)),
-        blocks=given.block, renames=renames(given.rename), formats=given.formats, verify=not given.no_verify,
+        blocks=[*given.block, *own], renames=renames(given.rename), formats=given.formats, verify=not given.no_verify,
         force=given.force, prompt=given.prompt, **options,
     )  # fmt: skip
     show(report, given.json)

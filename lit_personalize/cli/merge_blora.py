@@ -23,11 +23,15 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     configure_logging()
     from lit_personalize.backbones.loading import load_base
-    from lit_personalize.cli.sample import path_and_scale
     from lit_personalize.devices import device_of
+    from lit_personalize.errors import UsageError
     from lit_personalize.merging.blora import mix
+    from lit_personalize.sampling.cells import split_strengths
 
-    content, style = (None if entry is None else path_and_scale(entry) for entry in (given.content, given.style))
+    halves = [None if entry is None else split_strengths(entry) for entry in (given.content, given.style)]
+    if named := [part for half in halves if half for part in half[2]]:
+        raise UsageError(f"a half has one strength, FILE@0.8; {named[0]} cannot have its own")
+    content, style = (half and half[:2] for half in halves)
     report = mix(
         given.output, content, style,
         load_base(given.base, config=given.base_config, device=device_of(given.device)),

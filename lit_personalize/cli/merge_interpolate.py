@@ -32,14 +32,14 @@ def main(arguments: list[str]) -> int:
     options = build_parser().parse_args(arguments)
     configure_logging()
     from lit_personalize.backbones.loading import load_base
-    from lit_personalize.cli.sample import exports_of
-    from lit_personalize.devices import device_of
+        from lit_personalize.devices import device_of
     from lit_personalize.errors import UsageError
     from lit_personalize.export.exporter import export
     from lit_personalize.export.loading import read_adapter
     from lit_personalize.export.verify import verify
     from lit_personalize.merging.interpolation import interpolate
     from lit_personalize.merging.sources import matrices_only
+    from lit_personalize.sampling.cells import exports_of
 
     if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
         raise UsageError(f"{options.output} is not an empty folder; name a new one with -o")

@@ -123,14 +123,20 @@ def _step_of(metadata: Mapping[str, str]) -> str:
         return ""  # details are free text to other programs
 
 
-def load_adapter(paths: Path | Iterable[Path], base: Base, scale: float = 1.0, force: bool = False) -> LoadedAdapter:
-    """Read and attach an adapter; it is active at once.
+def load_adapter(
+    paths: Path | Iterable[Path],
+    base: Base,
+    scale: float = 1.0,
+    force: bool = False,
+    blocks: Mapping[str, float] | None = None,
+) -> LoadedAdapter:
+    """Read and attach an adapter; it is active at once. For `scale` and `blocks` see `LoadedAdapter`.
 
     Files that say they were trained with zero terminal SNR put a base of v-prediction on that schedule.
     """
     name = str(paths) if isinstance(paths, Path | str) else "+".join(Path(p).name for p in paths)
     files = _expand(paths)
-    adapter = LoadedAdapter(read_adapter(files, base, force), name, scale)
+    adapter = LoadedAdapter(read_adapter(files, base, force), name, scale, blocks)
     adapter.attach(base)
     if base.schedule.prediction_type == "v_prediction" and any(_has_zero_terminal_snr(path) for path in files):
         base.use_zero_terminal_snr()

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,9 +17,9 @@ from lit_personalize import randomness
 from lit_personalize.adapters.protocol import Adapter
 from lit_personalize.backbones.base import Base, Conditioning
 from lit_personalize.errors import UsageError
+from lit_personalize.sampling import schedulers
 from lit_personalize.sampling.mixing import Prompt, condition
-
-SchedulerName = Literal["ddim", "dpm", "euler"]
+from lit_personalize.sampling.schedulers import SchedulerName
 
 
 @dataclass(frozen=True)
@@ -35,25 +34,13 @@ class SamplingOptions:
     """The prompt of the unconditional branch; where it is empty, SDXL takes zeros for its states if its base says so
     (`force_zeros_for_empty_prompt`), as the stock pipeline does when no negative prompt is given."""
     scheduler: SchedulerName = "ddim"
+    """Which stock scheduler takes the steps, by its name in `schedulers.NAMES`."""
     batch_size: int = 8
     """Pictures drawn at once; does not change them."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise UsageError(f"pictures need at least 1 denoising step, not {self.steps}")
-
-
-def build_scheduler(base: Base, options: SamplingOptions) -> Any:
-    """A stock scheduler with the base's noise schedule and prediction type."""
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
-
-    kinds = {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
-    if options.scheduler not in kinds:
-        raise ValueError(f"unknown scheduler {options.scheduler!r}; use one of {', '.join(kinds)}")
-    extra = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1} if options.scheduler == "ddim" else {}
-    scheduler = kinds[options.scheduler].from_config(base.scheduler.config, **extra)
-    scheduler.set_timesteps(options.steps, device=base.device)
-    return scheduler
 
 
 def start_noise(base: Base, seeds: Sequence[int], resolution: int | None = None) -> Tensor:
@@ -91,16 +78,16 @@ def generate_latents(
         for start in range(0, len(prompts), options.batch_size):
             part = slice(start, start + options.batch_size)
             z = start_noise(base, seeds[part], resolution)
-            latents.append(_denoise(base, list(prompts[part]), z, options))
+            latents.append(_denoise(base, list(prompts[part]), seeds[part], z, options))
     return torch.cat(latents)
 
 
-def _denoise(base: Base, prompts: list[Prompt], z: Tensor, options: SamplingOptions) -> Tensor:
+def _denoise(base: Base, prompts: list[Prompt], seeds: Sequence[int], z: Tensor, options: SamplingOptions) -> Tensor:
     conditioning = condition(base, prompts)
     guided = options.guidance != 1
     if guided:
         conditioning = _unconditional(base, options.negative, conditioning).cat(conditioning)
-    scheduler = build_scheduler(base, options)
+    scheduler = schedulers.scheduler_of(base, options.scheduler, options.steps)
     z = z * scheduler.init_noise_sigma
     for number, t in enumerate(scheduler.timesteps):
         for adapter in base.adapters:
@@ -111,7 +98,7 @@ def _denoise(base: Base, prompts: list[Prompt], z: Tensor, options: SamplingOpti
         if guided:
             unconditional, conditional = out.chunk(2)
             out = unconditional + options.guidance * (conditional - unconditional)
-        z = scheduler.step(out, t, z, return_dict=False)[0]
+        z = schedulers.step(scheduler, out, t, z, seeds, number)
     return z
 
 

@@ -43,8 +43,9 @@ TABLE = {
         TINY, ("runs/photos/README.md", "runs/photos/exports/verify.json", "runs/photos/samples/grid.png")
     ),
     'litp sample "a <new1> dog on the beach" --base /models/stable-diffusion-v1-5 --adapter runs/photos': Shown(
-        "--steps 2", ("samples/grid.png",)
+        "--steps 2", ("samples/grid.png", "samples/index.html")
     ),
+    "litp gallery runs -o gallery": Shown(leaves=("gallery/index.html", "gallery/photos/sample-00.png")),
     """litp data retrieve --query "photo of a dog" --shards 'laion/{00000..00331}.tar' """
     "--clip /models/clip-vit-l-14 -o reg": Shown("--n 3", ("reg/00000.tar", "reg/retrieval.json")),
     "litp fit -c custom_diffusion/sd15 -c hardware/12gb -c mine.yaml": Shown(
