@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lit_personalize.cli.console import add_device, add_json, configure_logging, emit
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from lit_personalize.adapters.protocol import Adapter
+    from lit_personalize.backbones.base import Base
+    from lit_personalize.sampling.prompt_to_prompt import EditOptions
+    from lit_personalize.sampling.sampler import SamplingOptions
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,10 +75,77 @@ def weights_of(entries: list[str]) -> dict[str, float]:
     return weights
 
 
+@dataclass(frozen=True)
+class Task:
+    """A prompt, its edits, and how they are drawn."""
+
+    base: Base
+    adapters: list[Adapter]
+    source: str
+    edits: list[str]
+    sampling: SamplingOptions
+    how: EditOptions
+    resolution: int | None
+    heat_side: int | None
+    """Of the layers whose heat maps are drawn; 0 for all layers, None for no heat maps."""
+
+
+def draw(task: Task, name: str, folder: Path, start: Tensor, unconditional: Tensor | None = None) -> list[Any]:
+    """Draw source and edits from one start, write their files into `folder`, and return (pixels, report) of each."""
+    from PIL import Image
+
+    from lit_personalize.sampling.heat_maps import HeatMaps, save_overlays
+    from lit_personalize.sampling.prompt_to_prompt import edit_latents
+    from lit_personalize.sampling.sampler import to_pictures
+    from lit_personalize.sampling.words import words_of
+
+    prompts = [task.source, *task.edits]
+    recorder = None if task.heat_side is None else HeatMaps(len(prompts))
+    latents = edit_latents(
+        task.base, task.source, task.edits, start, task.adapters, task.sampling, task.how, unconditional, recorder
+    )
+    drawn = []
+    for number, pixels in enumerate(to_pictures(task.base, latents)):
+        report: dict[str, Any] = {"file": str(folder / f"{number:02d}_{name}.png"), "prompt": prompts[number]}
+        Image.fromarray(pixels).save(report["file"])
+        if number and task.how.weights:
+            report["weights"] = dict(task.how.weights)
+        if recorder is not None:
+            words, place = words_of(task.base, prompts[number]), folder / f"heat_{number:02d}_{name}.png"
+            maps = recorder.of_words(number, words, task.heat_side or None)
+            save_overlays(place, pixels, words.words, maps, prompts[number])
+            report["heat_maps"] = str(place)
+        drawn.append((pixels, report, latents[number : number + 1]))
+    return drawn
+
+
+def edit_photo(task: Task, photo: np.ndarray, folder: Path, inversion: str | None, refinements: int) -> list[Any]:
+    """Like `draw`, from a photo's inverted latent; the photo as the base's VAE stores it comes first."""
+    from PIL import Image
+
+    from lit_personalize.sampling.inversion import NullTextOptions, invert, latent_of
+    from lit_personalize.sampling.sampler import to_pictures
+
+    latent = latent_of(task.base, photo, task.resolution)
+    stored = to_pictures(task.base, latent)[0]
+    Image.fromarray(stored).save(folder / "photo.png")
+    learns = inversion == "null-text" or (inversion is None and task.sampling.guidance != 1)
+    null_text = NullTextOptions() if learns else None
+    found = invert(task.base, task.source, latent, task.adapters, task.sampling, null_text, refinements)
+    drawn = draw(task, "photo", folder, found.path[0], found.unconditional)
+    drawn[0][1]["latent_rms"] = float((drawn[0][2] - latent).square().mean().sqrt())
+    return [(stored, {"file": str(folder / "photo.png"), "prompt": "the photo, as the VAE stores it"}, latent), *drawn]
+
+
+def caption_of(report: dict[str, Any]) -> str:
+    weights = ", ".join(f"{word}={factor:g}" for word, factor in report.get("weights", {}).items())
+    return f"{report['prompt']} ({weights})" if weights else str(report["prompt"])
+
+
 def main(arguments: list[str]) -> int:
     options = build_parser().parse_args(arguments)
     configure_logging()
-    from PIL import Image
+    import numpy as np
 
     from lit_datamodules.image_files import read_image
     from lit_personalize.backbones.loading import load_base
@@ -77,78 +154,41 @@ def main(arguments: list[str]) -> int:
     from lit_personalize.errors import UsageError
     from lit_personalize.export.loading import load_adapter
     from lit_personalize.sampling.grid import captioned_grid
-    from lit_personalize.sampling.heat_maps import HeatMaps, save_overlays
-    from lit_personalize.sampling.inversion import NullTextOptions, invert, latent_of
-    from lit_personalize.sampling.prompt_to_prompt import EditOptions, edit_latents
-    from lit_personalize.sampling.sampler import SamplingOptions, start_noise, to_pictures
-    from lit_personalize.sampling.words import words_of
+    from lit_personalize.sampling.prompt_to_prompt import EditOptions
+    from lit_personalize.sampling.sampler import SamplingOptions, start_noise
 
     if options.photo and options.seeds:
         raise UsageError("a photo brings its own start noise; leave --seeds out")
-    if options.inversion and not options.photo:
-        raise UsageError("--inversion says how a photo becomes noise; name one with --photo")
+    if not options.photo and (options.inversion or options.refinements):
+        raise UsageError("--inversion and --refinements say how a photo becomes noise; name one with --photo")
     weights = weights_of(options.weigh)
     edits = options.edits or ([options.source] if weights else [])
     how = EditOptions(options.kind, options.cross_share, options.self_share, options.self_side, weights)
     sampling = SamplingOptions(options.steps, options.guidance, options.negative)
     photo = read_image(options.photo).pixels if options.photo else None
     base = load_base(options.base, config=options.base_config, device=device_of(options.device))
-    adapters = []
+    adapters: list[Adapter] = []
     for entry in options.adapter:
         path, scale = path_and_scale(entry)
         adapters.append(load_adapter(exports_of(path), base, scale, options.force))
-    prompts = [options.source, *edits]
-    report: dict[str, Any] = {"pictures": []}
-    shown, captions = [], []
+    task = Task(base, adapters, options.source, edits, sampling, how, options.resolution, options.heat_maps)
     options.output.mkdir(parents=True, exist_ok=True)
-
-    def save(name: str, pixels: Any, prompt: str) -> str:
-        Image.fromarray(pixels).save(options.output / f"{name}.png")
-        shown.append(pixels)
-        captions.append(prompt)
-        return str(options.output / f"{name}.png")
-
-    for seed in ["photo"] if photo is not None else options.seeds or [0]:
-        unconditional = None
-        if photo is not None:
-            latent = latent_of(base, photo, options.resolution)
-            report["photo"] = save("photo", to_pictures(base, latent)[0], "the photo, as its base stores it")
-            null = NullTextOptions() if (options.inversion or "null-text") == "null-text" else None
-            null = None if options.inversion is None and options.guidance == 1 else null
-            found = invert(base, options.source, latent, adapters, sampling, null, options.refinements)
-            start, unconditional = found.path[0], found.unconditional
-        else:
-            start = start_noise(base, [seed], options.resolution)
-        recorder = HeatMaps(len(prompts)) if options.heat_maps is not None else None
-        latents = edit_latents(base, options.source, edits, start, adapters, sampling, how, unconditional, recorder)
-        if photo is not None:
-            report["reconstruction"] = {"latent_rms": float((latents[:1] - latent).square().mean().sqrt())}
-        for number, pixels in enumerate(to_pictures(base, latents)):
-            drawn = {
-                "file": save(f"{number:02d}_{seed}", pixels, prompts[number]),
-                "prompt": prompts[number],
-                "seed": seed,
-            }
-            if recorder is not None:
-                with base.only(adapters):
-                    words = words_of(base, prompts[number])
-                place = options.output / f"heat_{number:02d}_{seed}.png"
-                maps = recorder.of_words(number, words, options.heat_maps or None)
-                save_overlays(place, pixels, words.words, maps, prompts[number])
-                drawn["heat_maps"] = str(place)
-            report["pictures"].append(drawn)
-    columns = len(prompts) + (photo is not None)
-    grid = options.output / "grid.png"
-    import numpy as np
-
-    captioned_grid(np.stack(shown), captions, columns, max(1, 256 // shown[0].shape[0])).save(grid)
-    report["grid"] = str(grid)
-    if options.json:
-        emit(report, True)
-        return 0
-    for drawn in report["pictures"]:
-        print(drawn["file"], *([drawn["heat_maps"]] if "heat_maps" in drawn else []), sep="\n")
     if photo is not None:
-        print(f"reconstruction: rms error of the latent {report['reconstruction']['latent_rms']:.3f}")
+        drawn = edit_photo(task, photo, options.output, options.inversion, options.refinements)
+        columns = len(drawn)
+    else:
+        drawn, columns = [], 1 + len(edits)
+        for seed in options.seeds or [0]:
+            drawn += draw(task, str(seed), options.output, start_noise(base, [seed], options.resolution))
+    shown, reports = np.stack([pixels for pixels, *_ in drawn]), [report for _, report, _ in drawn]
+    grid = options.output / "grid.png"
+    captioned_grid(shown, list(map(caption_of, reports)), columns, max(1, 256 // shown.shape[1])).save(grid)
+    if options.json:
+        emit({"pictures": reports, "grid": str(grid)}, True)
+        return 0
+    for report in reports:
+        print(report["file"], *([report["heat_maps"]] if "heat_maps" in report else []), sep="\n")
+        if "latent_rms" in report:
+            print(f"  rms error of the latent {report['latent_rms']:.3f}")
     print(grid)
     return 0
