@@ -62,10 +62,11 @@ def latent_of(base: Base, picture: np.ndarray, resolution: int | None = None) ->
 def affine_steps(scheduler: Any) -> list[tuple[float, float]]:
     """(a, b) of every DDIM step in sampling order, from the scheduler itself."""
     zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
-    return [
-        tuple(float(scheduler.step(f, t, z, return_dict=False)[0]) for f, z in ((zero, one), (one, zero)))
-        for t in scheduler.timesteps.cpu()
-    ]  # type: ignore[misc]
+    steps = []
+    for t in scheduler.timesteps.cpu():
+        a, b = (float(scheduler.step(f, t, z, return_dict=False)[0]) for f, z in ((zero, one), (one, zero)))
+        steps.append((a, b))
+    return steps
 
 
 def invert(
