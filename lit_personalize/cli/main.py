@@ -15,6 +15,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "init": ("init", "write a run.yaml for a folder of pictures"),
     "fit": ("fit", "train, export, verify; the same command continues"),
     "sample": ("sample", "draw pictures with a base and adapters"),
+    "edit": ("edit", "change words of a prompt and keep the picture or photo; show where words act"),
     "evaluate": ("evaluate", "measure fidelity, alignment and drift of an adapter"),
     "merge": ("merge", "combine adapters into one"),
     "export": ("export", "write adapter files of a run again, in other formats"),

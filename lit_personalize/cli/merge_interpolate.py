@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     options = build_parser().parse_args(arguments)
     configure_logging()
     from lit_personalize.backbones.loading import load_base
-        from lit_personalize.devices import device_of
+    from lit_personalize.devices import device_of
     from lit_personalize.errors import UsageError
     from lit_personalize.export.exporter import export
     from lit_personalize.export.loading import read_adapter

@@ -5,7 +5,7 @@ A picture is a function of (base, adapters, prompt, seed, options): not of the b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,10 @@ from lit_personalize.errors import UsageError
 from lit_personalize.sampling import schedulers
 from lit_personalize.sampling.mixing import Prompt, condition
 from lit_personalize.sampling.schedulers import SchedulerName
+
+Steering = Callable[[int, int, Conditioning], Conditioning]
+"""Called before each prediction with its number, the number of steps, and what the rows of both branches are told
+(unconditional ones first); returns what they are told in this one."""
 
 
 @dataclass(frozen=True)
@@ -78,20 +82,35 @@ def generate_latents(
         for start in range(0, len(prompts), options.batch_size):
             part = slice(start, start + options.batch_size)
             z = start_noise(base, seeds[part], resolution)
-            latents.append(_denoise(base, list(prompts[part]), seeds[part], z, options))
+            latents.append(denoise(base, list(prompts[part]), seeds[part], z, options))
     return torch.cat(latents)
 
 
-def _denoise(base: Base, prompts: list[Prompt], seeds: Sequence[int], z: Tensor, options: SamplingOptions) -> Tensor:
+@torch.no_grad()
+def denoise(
+    base: Base,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    z: Tensor,
+    options: SamplingOptions,
+    steer: Steering | None = None,
+) -> Tensor:
+    """Take start noise `[N, C, h, w]` of unit variance to latents, under the adapters that are active.
+
+    Args:
+        seeds: One per picture, of the noise that some schedulers add.
+    """
     conditioning = condition(base, prompts)
     guided = options.guidance != 1
     if guided:
-        conditioning = _unconditional(base, options.negative, conditioning).cat(conditioning)
+        conditioning = unconditional_of(base, options.negative, conditioning).cat(conditioning)
     scheduler = schedulers.scheduler_of(base, options.scheduler, options.steps)
     z = z * scheduler.init_noise_sigma
     for number, t in enumerate(scheduler.timesteps):
         for adapter in base.adapters:
             adapter.at(number / len(scheduler.timesteps))
+        if steer is not None:
+            conditioning = steer(number, len(scheduler.timesteps), conditioning)
         model_input = scheduler.scale_model_input(torch.cat([z, z]) if guided else z, t)
         steps = t.expand(len(model_input)).to(base.device)
         out = base.predict_active(model_input, steps, conditioning)
@@ -102,7 +121,7 @@ def _denoise(base: Base, prompts: list[Prompt], seeds: Sequence[int], z: Tensor,
     return z
 
 
-def _unconditional(base: Base, negative: str, conditioning: Conditioning) -> Conditioning:
+def unconditional_of(base: Base, negative: str, conditioning: Conditioning) -> Conditioning:
     """What the unconditional branch is told, one row for each of `conditioning`."""
     if negative or not base.force_zeros_for_empty_prompt:
         return _repeat(base.condition([negative]), len(conditioning))
@@ -124,8 +143,12 @@ def generate(
 ) -> np.ndarray:
     """Draw one picture per (prompt, seed): uint8 `[N, H, W, 3]`; a prompt is a sentence, or a `Mix` of two."""
     options = options or SamplingOptions()
-    latents = generate_latents(base, prompts, seeds, adapters, options, resolution)
-    parts = [base.decode(latents[i : i + options.batch_size]) for i in range(0, len(latents), options.batch_size)]
+    return to_pictures(base, generate_latents(base, prompts, seeds, adapters, options, resolution), options.batch_size)
+
+
+def to_pictures(base: Base, latents: Tensor, batch_size: int = 8) -> np.ndarray:
+    """Decode scaled latents: uint8 `[N, H, W, 3]`."""
+    parts = [base.decode(latents[i : i + batch_size]) for i in range(0, len(latents), batch_size)]
     pixels = ((torch.cat(parts) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 

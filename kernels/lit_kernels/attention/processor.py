@@ -1,9 +1,11 @@
-"""The one attention processor: a diffusers `Attention` processor with four slots.
+"""The one attention processor: a diffusers `Attention` processor with slots.
 
 * `key_value_source`: where the K and V of a cross-attention layer come from. None means the layer's
   own `to_k` and `to_v`; a callable may compute the K and V of all layers in one launch.
 * `detach_first_token`: no gradient through token 0's K and V (Custom Diffusion).
 * `tap`: receives the probabilities of this layer and may replace them (attention maps, prompt-to-prompt).
+* `tap_limit`: the tap is not called where there are more query tokens: the maps of large self-attention layers would
+  take memory that grows with the fourth power of the picture's side.
 * `backend`: "reference" (softmax written out), "sdpa" (torch's fused attention) or "auto" (= sdpa).
 
 Nothing else sets a processor on a UNet.
@@ -35,6 +37,7 @@ class AttentionProcessor:
     detach_first_token: bool = False
     key_value_source: KeyValueSource | None = None
     tap: Tap | None = None
+    tap_limit: int | None = None
 
     def key_value(self, attn: Any, states_BSE: Tensor) -> tuple[Tensor, Tensor]:
         """K and V `[B, S, C]` of this layer for `states_BSE`."""
@@ -89,7 +92,7 @@ class AttentionProcessor:
         return x_BSC.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        if self.tap is not None:
+        if self.tap is not None and (self.tap_limit is None or query.shape[-2] <= self.tap_limit):
             probabilities = reference.attention_probabilities(query, key, mask)
             changed = self.tap(self, probabilities)
             return (probabilities if changed is None else changed) @ value

@@ -79,6 +79,23 @@ def test_tap_sees_and_may_replace_probabilities(unet: UNet2DConditionModel) -> N
         assert not torch.allclose(unet(z, t, text).sample, expected)
 
 
+@pytest.mark.parametrize(("limit", "called"), [(None, True), (16, True), (15, False)])
+def test_a_tap_is_not_called_for_maps_above_its_limit(
+    unet: UNet2DConditionModel, limit: int | None, called: bool
+) -> None:
+    """The attention layers of this UNet have 16 query tokens; what is not tapped stays in fused attention."""
+    seen = set()
+    processors = install(unet)
+    with torch.no_grad():
+        expected = unet(*_inputs()).sample
+        for processor in processors.values():
+            processor.tap, processor.tap_limit = lambda p, probabilities: seen.add((p.name, probabilities.shape)), limit
+        found = unet(*_inputs()).sample
+    assert {name for name, _ in seen} == (set(processors) if called else set())
+    assert all(shape[-2] == 16 for _, shape in seen)
+    torch.testing.assert_close(found, expected, atol=2e-5 if called else 0, rtol=1e-4 if called else 0)
+
+
 def test_detached_first_token_keeps_values_and_cuts_its_gradient(unet: UNet2DConditionModel) -> None:
     """dW_k = Σ_{t>=1} dK_tᵀ c_t and dc_0 = 0 (Custom Diffusion)."""
     unet.double()

@@ -204,7 +204,7 @@ def test_a_pickle_is_refused_under_any_name(
 
 def test_wrong_arguments_of_sample(tiny_bases: dict[str, Path], workplace: Path, refused: Refused) -> None:
     given = ["sample", "a cat", "--base", str(tiny_bases["sd1"])]
-    refused([*given, "--adapter", "run@strong"], 2, "'strong' behind the @ is no number", "FILE@0.8")
+    refused([*given, "--adapter", "run@strong"], 2, "'strong' behind the @ is no strength", "FILE@0.8")
     refused([*given, "--adapter", "run@0.5"], 3, "adapter file run does not exist")
     refused([*given, "--steps", "0"], 2, "at least 1 denoising step, not 0")
 

@@ -24,7 +24,7 @@ from lit_personalize.export.loading import load_adapter
 from lit_personalize.export.verify import verify
 from lit_personalize.objectives.denoising import Denoising
 from lit_personalize.objectives.prior_preservation import PriorPreservation
-from lit_personalize.sampling.sampler import SamplingOptions, build_scheduler
+from lit_personalize.sampling.schedulers import scheduler_of
 
 MakeBatch = Callable[..., Batch]
 
@@ -138,7 +138,7 @@ def test_the_last_step_is_noise_alone(tiny_bases: dict[str, Path], make_batch: M
     objective.snr_gamma = None
     assert float(objective.loss(make_batch(objective.built, ["a cat"]), 0).reduce()) > 0.1
     for name in ("ddim", "dpm", "euler"):
-        scheduler = build_scheduler(objective.built, SamplingOptions(4, scheduler=name))  # type: ignore[arg-type]
+        scheduler = scheduler_of(objective.built, name, 4)
         assert int(scheduler.timesteps[0]) == 999, "samples begin where training ended"
 
 

@@ -17,7 +17,7 @@ from lit_personalize.batch import Batch
 from lit_personalize.errors import DataError, UsageError
 from lit_personalize.objectives.denoising import Denoising, masked_mean
 from lit_personalize.objectives.prior_preservation import PriorPreservation
-from lit_personalize.sampling.sampler import _unconditional
+from lit_personalize.sampling.sampler import unconditional_of
 
 MakeBatch = Callable[..., Batch]
 
@@ -184,7 +184,7 @@ def test_a_dropped_caption_of_sdxl_is_what_sampling_takes_for_none(
     captions = [f"a photo of a {word}" for word in ("cat", "dog", "toy", "beach") * 2]
     told = objective.conditioning(make_batch(base, captions), 0)
     own = base.condition(captions)
-    none = _unconditional(base, "", own)
+    none = unconditional_of(base, "", own)
     assert bool(none.states.any()) != zeros and told.pooled is not None
     whose = [(torch.dist(told.states[i], c.states[i]) < 1e-4).item() for c in (own, none) for i in range(8)]
     kept, dropped = whose[:8], whose[8:]
