@@ -103,7 +103,9 @@ def test_every_verb_of_a_run_speaks_json(
     (row,) = said("runs", "ls")["runs"]
     assert row["name"] == "run" and row["step"] == 1
     drawn = said("sample", "a cat", *base, "--adapter", file, "--seeds", "3", "--steps", "1")
-    assert drawn["pictures"] == [{"file": "samples/00_3.png", "prompt": "a cat", "seed": 3}]
+    (picture,) = drawn["pictures"]
+    adapters = {"adapters": Path(file).stem, "strength": 1.0}
+    assert picture == {"file": "samples/00_3.png", "prompt": "a cat", "seed": 3, **adapters}
     assert said("inspect", file)["base"] == "sd1"
     assert said("verify", file, *base)["files"]
 
@@ -179,7 +181,7 @@ def test_out_of_memory_while_sampling_does_not_end_training(
 def test_every_recipe_parses(recipe: str, tmp_path: Path) -> None:
     given = ["-c", recipe] if not recipe.startswith("hardware/") else ["-c", "custom_diffusion/sd15", "-c", recipe]
     _, config = parse([*given, "--name", "run"])
-    assert config.model.class_path.endswith(("Denoising", "PriorPreservation"))
+    assert config.model.class_path.endswith(("Denoising", "PriorPreservation", "MergedDistillation"))
     assert config.data.init_args.resolution >= 64
 
 
