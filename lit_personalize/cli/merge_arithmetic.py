@@ -117,8 +117,8 @@ def show(report: Any, as_json: bool) -> None:
         print(f"{number}  {adapter['name']} @ {adapter['strength']:g}, {adapter['layers']} layers{left}")
     ranks = ", ".join(f"{count} of rank {rank}" for rank, count in report.ranks.items())
     print(f"{report.mode}: {report.layers} layers{f' ({ranks})' if ranks else ''}, tokens {report.tokens or 'none'}")
-    print(f"kept {report.energy_kept:.4%} of the energy; {report.worst_layer or 'no layer'} the least, ", end="")
-    print(f"{report.worst_kept:.4%}")
+    if report.worst_layer:  # else the merge is exact by its own arithmetic
+        print(f"kept {report.energy_kept:.4%} of the energy; {report.worst_layer} the least, {report.worst_kept:.4%}")
     for key, value in report.extra.items():
         print(f"{key}: {value}")
     if report.verified is not None:

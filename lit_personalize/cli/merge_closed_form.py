@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
-from lit_personalize.cli.console import add_device, add_json, configure_logging, emit
+from lit_personalize.cli.console import configure_logging
+from lit_personalize.cli.merge_arithmetic import add_output, show
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -16,8 +15,6 @@ def build_parser() -> argparse.ArgumentParser:
         description="Merge concepts that were learned one by one on cross-attention's K and V (Custom Diffusion). "
         "What each concept's words mean to its own adapter, they mean to the merged one; other captions change least.",
     )
-    parser.add_argument("--base", required=True, help='diffusers directory, single file, or "tinyworld"')
-    parser.add_argument("--base-config", help="configs and tokenizers of a single-file base")
     parser.add_argument("--concept", action="append", nargs=2, default=[], metavar=("FILE|FOLDER", "NOUN"),
                         help="an adapter or run, and its class noun: runs/cat cat; of a style, a phrase with {}: "
                         "runs/ink 'painting in the style of {}'; twice or more")  # fmt: skip
@@ -26,12 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
                         "that of `litp data retrieve`, or a folder of shards")  # fmt: skip
     parser.add_argument("--most", type=int, default=1000, help="captions that are taken, the first ones")
     parser.add_argument("--ridge", type=float, default=0.0, help="for fewer captions than the states are wide: 1e-6")
-    parser.add_argument("--name", default="merged", help="in the files' metadata")
-    parser.add_argument("--formats", nargs="+", default=["diffusers", "kohya"], help="diffusers kohya peft pipeline")
-    parser.add_argument("--force", action="store_true", help="accept adapters that were made for another base")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the merged adapter")
-    add_json(parser)
-    add_device(parser)
+    add_output(parser)
     return parser
 
 
@@ -40,26 +32,28 @@ def main(arguments: list[str]) -> int:
     configure_logging()
     from lit_personalize.backbones.loading import load_base
     from lit_personalize.devices import device_of
-    from lit_personalize.export.exporter import export
     from lit_personalize.export.loading import read_adapter
-    from lit_personalize.export.verify import verify
+    from lit_personalize.merging.arithmetic import Energy
     from lit_personalize.merging.closed_form import Concept, merge_concepts
+    from lit_personalize.merging.writing import MergeReport, check_output, write_merged
+    from lit_personalize.sampling.cells import exports_of
 
+    places = [exports_of(Path(place)) for place, _ in options.concept]
+    check_output(options.output, places, options.formats)
     captions = read_captions(options.captions, options.most)
     base = load_base(options.base, config=options.base_config, device=device_of(options.device))
-    concepts = []
-    for place, phrase in options.concept:
-        folder = Path(place) / "exports" if (Path(place) / "exports").is_dir() else Path(place)
-        concepts.append(Concept(read_adapter(folder, base, options.force), phrase))
-    weights, report = merge_concepts(base, concepts, captions, options.ridge)
-    details = {"merge": "closed-form", **report}
-    files = export(weights, options.output, base, options.name, options.formats, details)
-    prompt = f"a photo of a {' and a '.join(f'{token} {concepts[i].phrase}' for i, token in enumerate(weights.tokens))}"
-    checked = verify(files, base, weights, prompt=prompt)
-    told: dict[str, Any] = {**report, "files": [str(file.path) for file in files]}
-    told["verified"] = f"{len(checked.files)} files, largest error {max(f.largest_error for f in checked.files):.1e}"
-    (options.output / "merge.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    emit(told if options.json else {k: v for k, v in told.items() if k != "files"}, options.json)
+    concepts = [
+        Concept(read_adapter(place, base, options.force), phrase)
+        for place, (_, phrase) in zip(places, options.concept, strict=True)
+    ]
+    weights, found = merge_concepts(base, concepts, captions, options.ridge)
+    named = [
+        {"name": str(place), "strength": 1.0, "layers": len(concept.weights.layers())}
+        for place, concept in zip(places, concepts, strict=True)
+    ]
+    report = MergeReport("closed-form", str(options.output), named, extra=found)
+    write_merged(weights, Energy(), report, base, options.formats, not options.no_verify, options.prompt)
+    show(report, options.json)
     return 0
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from lit_personalize.cli.console import add_device, add_json, configure_logging, emit
+from lit_personalize.cli.console import configure_logging
+from lit_personalize.cli.merge_arithmetic import add_output, show
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -18,13 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("adapters", nargs=2, metavar="FILE|FOLDER", help="adapters, or runs")
     parser.add_argument("--alpha", type=float, default=0.5, help="share of the second, in [0, 1]")
     parser.add_argument("--token", default="", help="name of the mixed token; default: the first adapter's")
-    parser.add_argument("--base", default="tinyworld", help='diffusers directory, single file, or "tinyworld"')
-    parser.add_argument("--base-config", default=None, help="configs and tokenizers of a single-file base")
-    parser.add_argument("--force", action="store_true", help="accept an adapter that was made for another base")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the files; new or empty")
-    parser.add_argument("--formats", nargs="+", default=["diffusers", "kohya"], help="diffusers kohya peft pipeline")
-    add_json(parser)
-    add_device(parser)
+    add_output(parser)
     return parser
 
 
@@ -33,30 +27,21 @@ def main(arguments: list[str]) -> int:
     configure_logging()
     from lit_personalize.backbones.loading import load_base
     from lit_personalize.devices import device_of
-    from lit_personalize.errors import UsageError
-    from lit_personalize.export.exporter import export
     from lit_personalize.export.loading import read_adapter
-    from lit_personalize.export.verify import verify
+    from lit_personalize.merging.arithmetic import Energy
     from lit_personalize.merging.interpolation import interpolate
     from lit_personalize.merging.sources import matrices_only
+    from lit_personalize.merging.writing import MergeReport, check_output, write_merged
     from lit_personalize.sampling.cells import exports_of
 
-    if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
-        raise UsageError(f"{options.output} is not an empty folder; name a new one with -o")
+    places = [exports_of(Path(given)) for given in options.adapters]
+    check_output(options.output, places, options.formats)
     base = load_base(options.base, config=options.base_config, device=device_of(options.device))
-    paths = [Path(given) for given in options.adapters]
-    first, second = (matrices_only(read_adapter(exports_of(p), base, options.force), str(p)) for p in paths)
-    weights = interpolate(first, second, options.alpha, options.token)
-    details = {"merge": "interpolate", "of": [str(path) for path in paths], "alpha": options.alpha}
-    files = export(weights, options.output, base, options.output.name, options.formats, details)
-    checked = verify(files, base, weights, prompt=f"a photo of {' and '.join(weights.tokens) or 'something'}")
-    told: dict[str, Any] = {
-        **details, "tokens": sorted(weights.tokens), "layers": len(weights.layers()),
-        "files": [str(file.path) for file in files],
-        "largest_error": max((f.largest_error for f in checked.files), default=0.0),
-    }  # fmt: skip
-    if options.json:
-        emit(told, True)
-    else:
-        print(*told["files"], sep="\n")
+    pair = [matrices_only(read_adapter(place, base, options.force), str(place)) for place in places]
+    weights = interpolate(pair[0], pair[1], options.alpha, options.token)
+    shares = zip(places, pair, (1 - options.alpha, options.alpha), strict=True)
+    named = [{"name": str(place), "strength": share, "layers": len(own.layers())} for place, own, share in shares]
+    report = MergeReport("interpolate", str(options.output), named, options={"alpha": options.alpha})
+    write_merged(weights, Energy(), report, base, options.formats, not options.no_verify, options.prompt)
+    show(report, options.json)
     return 0

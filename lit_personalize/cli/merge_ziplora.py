@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     options, others = build_parser().parse_known_args(arguments)
+    from lit_personalize import atomic
     from lit_personalize.cli import fit
     from lit_personalize.errors import DataError, UsageError
 
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> int:
             raise DataError(f"folder {folder} does not exist; it holds the pictures that the LoRA was trained on")
     text, config = configuration_of(options), Path(f"{options.name}.yaml")
     if not config.exists():
-        config.write_text(text, encoding="utf-8")
+        atomic.write_text(config, text)
         print(f"configuration: {config}", file=sys.stderr)
     elif config.read_text(encoding="utf-8") != text:
         other = f"run litp fit -c {config}, or take another --name"

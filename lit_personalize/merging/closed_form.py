@@ -70,8 +70,8 @@ def merge_concepts(
     parts = without_repeats([target_states(base, concept) for concept in named])
     low_rank = solve([concept.weights for concept in named], parts, regularization, ridge)
     report = {
-        "concepts": {concept.token: concept.phrase for concept in named}, "layers": len(low_rank),
-        "rank": sum(map(len, parts)), "captions": len(captions), "states": len(regularization),
+        "concepts": {concept.token: concept.phrase for concept in named}, "rank": sum(map(len, parts)),
+        "captions": len(captions), "states": len(regularization),
         **_compared(base, named, parts, low_rank, regularization),
     }  # fmt: skip
     return AdapterWeights(low_rank=low_rank, tokens=tokens), report

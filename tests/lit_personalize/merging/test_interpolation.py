@@ -121,5 +121,7 @@ def test_the_verb_writes_what_set_adapters_does(
     wanted = interpolate(*pair, 0.4, "<mix>").tokens["<mix>"]
     for rows, own in zip(found.tokens["<mix>"], wanted, strict=True):
         torch.testing.assert_close(rows, own, atol=1e-6, rtol=1e-5)
-    assert main([*given, str(tmp_path / "out")]) == 2
-    assert "is not an empty folder" in capsys.readouterr().err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").touch()
+    assert main([*given, str(tmp_path / "full")]) == 2
+    assert "holds other files" in capsys.readouterr().err
