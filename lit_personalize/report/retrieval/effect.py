@@ -30,7 +30,9 @@ from lit_personalize.backbones.loading import resolve
 from lit_personalize.errors import DataError, UsageError
 from lit_personalize.metrics.features import Clip
 from lit_personalize.report.retrieval.quality import OUT, N
-from lit_personalize.report.science import OPTIONS, SEEDS, generated_set, train_and_measure
+from lit_personalize.report.measures import OPTIONS
+from lit_personalize.report.science import SEEDS, train_and_measure
+from lit_personalize.report.training import Method, generated_set
 from lit_personalize.tinyworld.build import committed_weights, seconds_of
 from lit_personalize.tinyworld.concepts import HELD_OUT_CONCEPTS, Subject
 from lit_personalize.tinyworld.dataset import read_tar, write_tar
@@ -82,7 +84,7 @@ def retrieved_set(subject: Subject, work: Path, clip: Path, n: int) -> tuple[str
         if code:
             raise DataError(f"litp data retrieve ended with {code}")
     count = json.loads((out / "retrieval.json").read_text(encoding="utf-8"))["pictures"]
-    return f'[{{shards: "{out / "00000.tar"}"}}]', count
+    return f'{{shards: "{out / "00000.tar"}"}}', count
 
 
 def random_set(work: Path, seed: int, n: int) -> str:
@@ -100,7 +102,7 @@ def random_set(work: Path, seed: int, n: int) -> str:
     chosen = (members for shard in shards if any(shard == s for s, _ in picks)
               for key, members in read_tar(shard) if (shard, key) in picks)  # fmt: skip
     write_tar(chosen, path)
-    return f'[{{shards: "{path}"}}]'
+    return f'{{shards: "{path}"}}'
 
 
 def run_cell(
@@ -114,7 +116,8 @@ def run_cell(
         regularization = random_set(work, seed, n)
     else:
         regularization = generated_set(given, work / "generated")
-    found = train_and_measure(subject, seed, RECIPE, regularization, committed_weights(), steps=steps)
+    method, weights = Method(RECIPE), committed_weights()
+    found = train_and_measure(subject, seed, method, weights, work / "generated", steps, regularization)
     del found["shown"]
     about = {"set": name, "subject": subject, "seed": seed, "pictures": count, "recipe": recipe_id()}
     return {**about, "encoder": caption_tower(clip), **found}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lit_personalize.report.retrieval import effect
+from lit_personalize.report.training import Method
 from lit_personalize.tinyworld.build import committed_weights
 from lit_personalize.tinyworld.concepts import HELD_OUT_CONCEPTS
 from lit_personalize.tinyworld.corpus import write_corpus
@@ -59,8 +60,10 @@ def test_cells_differ_in_the_set_alone_and_are_measured_once(
     """Training itself is tested with the matrix of methods."""
     asked: list[tuple[Any, ...]] = []
 
-    def train(subject: str, seed: int, recipe: str, regularization: str, weights: Path, **_: Any) -> dict[str, Any]:
-        asked.append((subject, seed, recipe, regularization))
+    def train(
+        subject: str, seed: int, method: Method, weights: Path, cache: Path, steps: int | None, regularization: str
+    ) -> dict[str, Any]:
+        asked.append((subject, seed, method.recipe, regularization))
         return {"CLIP-I": 0.5, "seconds": 1, "shown": None}
 
     monkeypatch.setattr(effect, "train_and_measure", train)
