@@ -63,7 +63,10 @@ Measured = tuple[dict[str, float], list[np.ndarray]]
 def run_combination(
     kind: str, name: str, seed: int, weights: Path, cache: Path, steps: int | None = None
 ) -> dict[str, Any]:
-    """Learn two concepts, combine them in every way and measure each; "shown" is a picture of every way and the real."""
+    """Learn two concepts, combine them in every way and measure each.
+
+    "shown" is a picture of every way, after the real and the base's.
+    """
     started = time.monotonic()
     run: Callable[..., Measured] = _two_subjects if kind == TWO_SUBJECTS else _subject_in_style
     with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +78,7 @@ def _two_subjects(
     work: Path, first: str, second: str, seed: int, weights: Path, cache: Path, steps: int | None
 ) -> Measured:
     method = LEARNED_BY[TWO_SUBJECTS]
-    learned = [prepare(work, *of, seed, method, cache, word) for *of, word in ((first, TOKENS[0]), (second, TOKENS[1]))]
+    learned = [prepare(work, of, seed, method, cache, word) for of, word in zip((first, second), TOKENS, strict=True)]
     alone = [
         train(work, f"alone-{i}", method, [one], seed, steps, _with_tokens(TOKENS[i])).exports
         for i, one in enumerate(learned)
@@ -99,11 +102,12 @@ def _two_subjects(
     asked = asked_pairs(*subjects)
     nouns = [subject.class_noun for subject in subjects]
     calls = [f"{token} {noun}" for token, noun in zip(TOKENS, nouns, strict=True)]
-    prompts = [pair_prompt(*calls, *how) for how in asked]
-    plain = [pair_prompt(*nouns, *how) for how in asked]
+    prompts = [pair_prompt(calls[0], calls[1], *how) for how in asked]
+    plain = [pair_prompt(nouns[0], nouns[1], *how) for how in asked]
     real = np.stack([render(pair_scene(*subjects, *how)) for how in asked])
     judges = Judges.of(weights)
-    figures, shown = {}, []
+    figures: dict[str, float] = {}
+    shown = []
     texts = judges.clip.texts(plain)
     pictures = {"real": real, "base": generate(untouched, plain, seeds_of(seed, plain), None, OPTIONS)}
     for way, (base, adapters) in ways.items():
@@ -116,7 +120,8 @@ def _two_subjects(
         found = _single(subject, base, adapters, judges, seed, TOKENS[number])
         figures |= {f"alone: {name}, subject {number + 1} of 2": value for name, value in found.items()}
     for way, pixels in pictures.items():
-        figures |= {f"{way}: {name}": value for name, value in pair_shares(pixels, *subjects, asked, judges.reader).items()}
+        found = pair_shares(pixels, *subjects, asked, judges.reader)
+        figures |= {f"{way}: {name}": value for name, value in found.items()}
         figures[f"{way}: CLIP-T"] = alignment.text_alignment(judges.clip.images(pixels), texts)
         shown.append(pixels[0])
     return figures, shown
@@ -162,14 +167,17 @@ def _subject_in_style(
     content, manner = (
         prepare(work, name, seed, method, cache, word) for name, word in ((subject_name, RARE), (style, STYLE_WORD))
     )
-    places = [train(work, run, method, [one], seed, steps).exports for run, one in (("content", content), ("style", manner))]
+    runs = (("content", content), ("style", manner))
+    places = [train(work, run, method, [one], seed, steps).exports for run, one in runs]
     parts = [{"class_path": "ZipLoRA", "init_args": {"content": str(places[0]), "style": str(places[1])}}]
     zipped = train(work, "zipped", ZIP, [replace(content, regularization=""), replace(manner, regularization="")], seed,
                    steps, ("--model.init_args.adapters", json.dumps(parts))).exports  # fmt: skip
     base = load_base("tinyworld")
-    weights_of = [read_adapter(place, base) for place in places]
-    loaded = {name: LoadedAdapter(w, name) for name, w in zip(("content", "style"), weights_of, strict=True)}
-    loaded |= {"zipped": LoadedAdapter(read_adapter(zipped, base), "zipped"), "selected": KLoRA(*weights_of)}
+    of_content, of_style = (read_adapter(place, base) for place in places)
+    loaded = {
+        "content": LoadedAdapter(of_content, "content"), "style": LoadedAdapter(of_style, "style"),
+        "zipped": LoadedAdapter(read_adapter(zipped, base), "zipped"), "selected": KLoRA(of_content, of_style),
+    }  # fmt: skip
     for adapter in loaded.values():
         adapter.attach(base)
     ways = {"subject alone": ["content"], "style alone": ["style"], "addition": ["content", "style"],
@@ -184,14 +192,15 @@ def _subject_in_style(
     for way, names in ways.items():
         pictures[way] = generate(base, prompts, seeds_of(seed, prompts), [loaded[name] for name in names], OPTIONS)
     texts = judges.clip.texts(plain)
-    of_subject = judges.clip.images(subject_pictures(subject, PHOTOS, seed).pixels)
-    of_style = judges.clip.images(style_pictures(style, PHOTOS, seed).pixels)
-    figures, shown = {}, []
+    near_subject = judges.clip.images(subject_pictures(subject, PHOTOS, seed).pixels)
+    near_style = judges.clip.images(style_pictures(style, PHOTOS, seed).pixels)
+    figures: dict[str, float] = {}
+    shown = []
     for way, pixels in pictures.items():
         features = judges.clip.images(pixels)
         found = styled_subject_shares(pixels, scenes, subject, judges.reader) | {
-            "CLIP-I to subject": alignment.image_alignment(features, of_subject),
-            "CLIP-I to style": alignment.image_alignment(features, of_style),
+            "CLIP-I to subject": alignment.image_alignment(features, near_subject),
+            "CLIP-I to style": alignment.image_alignment(features, near_style),
             "CLIP-T": alignment.text_alignment(features, texts),
         }
         figures |= {f"{way}: {name}": value for name, value in found.items()}

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ METHODS: dict[str, Method] = {
     "Cones": Method("cones/tinyworld", "generated"),
     "Custom Diffusion, fine-tune all": Method(
         "custom_diffusion/tinyworld", "shards",
-        (ADAPTERS, f"[{{class_path: FullWeights, init_args: {{lr: 0.0001}}}}, {ROWS % 'CLASS'}]",
+        (ADAPTERS, f"[{{class_path: FullWeights, init_args: {{lr: 0.0003}}}}, {ROWS % 'CLASS'}]",
          "--export.formats", "[delta]"),
     ),
     "Custom Diffusion, random V*": Method(
@@ -70,7 +71,7 @@ def cell_id(method: str, subject: str, seed: int, fingerprint: str) -> str:
     """Of a cell's file; `subject` is a subject, a style, or two of them of a combination."""
     if method in COMBINATIONS:
         learned, zipped = combinations.LEARNED_BY[method], combinations.ZIP
-        decisive = [recipe_of(learned), recipe_of(zipped) if method == combinations.SUBJECT_IN_STYLE else None, method]
+        decisive: list[object] = [recipe_of(learned), recipe_of(zipped) if method == combinations.SUBJECT_IN_STYLE else None, method]
     else:
         entry = METHODS[method]
         decisive = [recipe_of(entry), entry.regularization, entry.changes]
@@ -81,12 +82,12 @@ def cell_id(method: str, subject: str, seed: int, fingerprint: str) -> str:
 def cells() -> Iterator[Cell]:
     """All cells; one seed of everything before the next seed."""
     for seed in SEEDS:
-        for subject in SUBJECTS_FOR_SCIENCE:
-            for method in METHODS:
-                yield method, subject, seed
         for kind, pairs in COMBINATIONS.items():
             for pair in pairs:
                 yield kind, pair, seed
+        for subject in SUBJECTS_FOR_SCIENCE:
+            for method in METHODS:
+                yield method, subject, seed
         for style in STYLES_FOR_SCIENCE:
             for method in STYLE_METHODS:
                 yield method, style, seed
@@ -118,8 +119,6 @@ def train_and_measure(
     Args:
         regularization: An entry of `regularization` instead of the method's own set.
     """
-    from dataclasses import replace
-
     from lit_personalize.backbones.loading import load_base
     from lit_personalize.export.loading import load_adapter
 

@@ -40,7 +40,8 @@ def pair_scene(first: Subject, second: Subject, relation: str, ground: str) -> S
     for subject, shift in ((first, side), (second, -side)):
         looks = subject.attributes
         x, y = (0.5 + shift, 0.5) if across else (0.5, 0.5 + shift)
-        things.append(Thing(looks["shape"], looks["color"], looks["texture"], subject.second_color, "small", x, y, RADIUS))
+        shown = (looks["shape"], looks["color"], looks["texture"], subject.second_color)
+        things.append(Thing(*shown, "small", x, y, RADIUS))
     return Scene("pair", things=tuple(things), background=ground, relation=relation)
 
 

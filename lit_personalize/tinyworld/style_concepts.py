@@ -1,4 +1,4 @@
-"""Held-out styles for personalization to learn: pictures of ordinary scenes drawn in a style that the base has never seen.
+"""Held-out styles for personalization to learn: ordinary scenes drawn in a style that the base has never seen.
 
 All are before places: in some styles, on a plain background, colour and ground cannot be told apart.
 """

@@ -29,8 +29,8 @@ from lit_personalize.backbones.fingerprint import fingerprint_of, weights_identi
 from lit_personalize.backbones.loading import resolve
 from lit_personalize.errors import DataError, UsageError
 from lit_personalize.metrics.features import Clip
-from lit_personalize.report.retrieval.quality import OUT, N
 from lit_personalize.report.measures import OPTIONS
+from lit_personalize.report.retrieval.quality import OUT, N
 from lit_personalize.report.science import SEEDS, train_and_measure
 from lit_personalize.report.training import Method, generated_set
 from lit_personalize.tinyworld.build import committed_weights, seconds_of
