@@ -71,7 +71,8 @@ def cell_id(method: str, subject: str, seed: int, fingerprint: str) -> str:
     """Of a cell's file; `subject` is a subject, a style, or two of them of a combination."""
     if method in COMBINATIONS:
         learned, zipped = combinations.LEARNED_BY[method], combinations.ZIP
-        decisive: list[object] = [recipe_of(learned), recipe_of(zipped) if method == combinations.SUBJECT_IN_STYLE else None, method]
+        zips = method == combinations.SUBJECT_IN_STYLE
+        decisive: list[object] = [recipe_of(learned), recipe_of(zipped) if zips else None, method]
     else:
         entry = METHODS[method]
         decisive = [recipe_of(entry), entry.regularization, entry.changes]
