@@ -16,6 +16,8 @@ from lit_personalize.tinyworld.suite import GROUNDS
 
 PER_RELATION = 4
 RADIUS, OFFSET = 0.18, 0.235
+APART = 0.25
+"""Distance in RGB, each channel in [0, 1], of what is not background."""
 
 
 def asked_pairs(first: Subject, second: Subject) -> list[tuple[str, str]]:
@@ -52,15 +54,31 @@ def pair_shares(
 
     Each half of a picture is enlarged and read by itself as a single object; the order that fits better counts.
     "attributes" is the share of both subjects' attributes that are right, "both subjects" that of pictures in which
-    neither lacks one, "one subject" that in which at least one is whole; "background" is read off the whole picture.
+    neither lacks one. By colour alone, counted in pixels: "one colour" and "both colours" are the shares of pictures
+    with at least one, or both, of the subjects' colours in a half of its own. "background" is read off the whole.
     """
-    halves = [reader.read(np.stack([half(p, r, i) for p, (r, _) in zip(pixels, asked, strict=True)])) for i in (0, 1)]
+    halves = [np.stack([half(p, r, i) for p, (r, _) in zip(pixels, asked, strict=True)]) for i in (0, 1)]
     rows = []
-    for one, other, whole, (_, ground) in zip(*halves, reader.read(pixels), asked, strict=True):
-        found = max(_found((one, other), pair) for pair in ((first, second), (second, first)))
-        rows.append((*found, whole["background"] == ground))
-    names = ("attributes", "one subject", "both subjects", "background")
+    for one, other, reading, *parts, (_, ground) in zip(
+        *map(reader.read, halves), reader.read(pixels), *halves, asked, strict=True
+    ):
+        orders = ((first, second), (second, first))
+        share, whole = max(_found((one, other), pair) for pair in orders)
+        best = max(sum(has_color(part, s, ground) for part, s in zip(parts, pair, strict=True)) for pair in orders)
+        rows.append((share, whole, best >= 1, best == 2, reading["background"] == ground))
+    names = ("attributes", "both subjects", "one colour", "both colours", "background")
     return {name: float(np.mean([row[i] for row in rows])) for i, name in enumerate(names)}
+
+
+def has_color(part: np.ndarray, subject: Subject, ground: str) -> bool:
+    """Whether the subject's colour is nearest to a fifth of what is no background, and a fiftieth of all pixels."""
+    unit = part.reshape(-1, 3) / 255
+    names = list(v.ALL_COLORS)
+    table = np.array([v.ALL_COLORS[name] for name in names])
+    nearest = np.linalg.norm(unit[:, None] - table, axis=2).argmin(1)
+    apart = np.linalg.norm(unit - table[names.index(ground)], axis=1) > APART
+    own = int((apart & (nearest == names.index(subject.attributes["color"]))).sum())
+    return own >= max(0.2 * int(apart.sum()), len(unit) / 50)
 
 
 def half(picture: np.ndarray, relation: str, which: int) -> np.ndarray:
@@ -72,8 +90,7 @@ def half(picture: np.ndarray, relation: str, which: int) -> np.ndarray:
     return np.asarray(part.resize(picture.shape[1::-1], Image.Resampling.BICUBIC))
 
 
-def _found(readings: Sequence[Reading], subjects: Sequence[Subject]) -> tuple[float, bool, bool]:
+def _found(readings: Sequence[Reading], subjects: Sequence[Subject]) -> tuple[float, bool]:
     right = [[reading[head] == value for head, value in subject.attributes.items()]
              for reading, subject in zip(readings, subjects, strict=True)]  # fmt: skip
-    whole = [all(part) for part in right]
-    return float(np.mean([np.mean(part) for part in right])), any(whole), all(whole)
+    return float(np.mean([np.mean(part) for part in right])), all(map(all, right))

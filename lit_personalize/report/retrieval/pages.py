@@ -17,11 +17,11 @@ from torch import Tensor
 
 from lit_personalize.atomic import write_text
 from lit_personalize.metrics.alignment import interval
-from lit_personalize.report.pages import with_interval
 from lit_personalize.report.retrieval.effect import SETS, SUBJECTS, Cells, load_cells
 from lit_personalize.report.retrieval.quality import PICTURES, RESULTS
 from lit_personalize.report.retrieval.queries import BY, CLASS, NARROW
 from lit_personalize.report.science import SEEDS
+from lit_personalize.report.tables import with_interval
 
 Rows = Sequence[dict[str, Any]]
 SEARCHES = {"clip": "CLIP", "substring": "substring", "words": "whole words"}
