@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import time
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from lit_personalize.report import science
+from lit_personalize.report.running import run_missing
 from lit_personalize.tinyworld.build import committed_weights
 from lit_personalize.tinyworld.concepts import HELD_OUT_CONCEPTS
 from lit_personalize.tinyworld.suite import asked_pictures, prompts_of
@@ -43,32 +45,40 @@ def test_a_cell_is_named_by_what_decides_it(change: str) -> None:
 
 def test_every_method_and_subject_comes_before_the_next_seed() -> None:
     order = list(science.cells())
-    assert len(order) == len(set(order)) == len(science.METHODS) * len(science.SUBJECTS_FOR_SCIENCE) * 3
+    subjects = len(science.METHODS) * len(science.SUBJECTS_FOR_SCIENCE)
+    styles = len(science.STYLE_METHODS) * len(science.STYLES_FOR_SCIENCE)
+    pairs = sum(map(len, science.COMBINATIONS.values()))
+    assert len(order) == len(set(order)) == 3 * (subjects + styles + pairs)
     first = order[: len(order) // 3]
-    assert {seed for _, _, seed in first} == {0} and {method for method, _, _ in first} == set(science.METHODS)
+    assert {seed for _, _, seed in first} == {0}
+    assert {method for method, _, _ in first} == {*science.METHODS, *science.COMBINATIONS}
 
 
-def one_of_two(method: str, subject: str, seed: int, weights: Path, cache: Path) -> dict[str, object]:
+CELLS = [("OFT", "a", 0), ("OFT", "b", 0), ("LoRA", "a", 0), ("LoRA", "b", 1)]
+
+
+def one_of_two(method: str, subject: str, seed: int, wide: int) -> dict[str, object]:
     """A cell that fails for a subject; runs in a process of its own."""
-    if subject == science.SUBJECTS_FOR_SCIENCE[0]:
+    if subject == "a":
         raise MemoryError("too large a picture")
-    shown = np.full((64, 192, 3), len(method), np.uint8)
+    shown = np.full((4, wide, 3), 7, np.uint8)
     return {"method": method, "subject": subject, "seed": seed, "seconds": 1, "shown": shown}
 
 
-def test_a_failing_cell_is_told_and_loses_no_other(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(science, "SEEDS", (0,))
-    count = len(science.METHODS)
-    assert science.run_missing(tmp_path, tmp_path / "cache", time.monotonic() + 600, 2, one_of_two) == count
+def test_a_failing_cell_is_told_and_loses_no_other(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    places = {cell: tmp_path / f"{i}.json" for i, cell in enumerate(CELLS)}
+    assert run_missing(places, 0, time.monotonic() + 600, 2, one_of_two, 12) == 2
     err = capfd.readouterr().err
-    assert err.count("failed: MemoryError: too large a picture") == count and "Traceback" not in err
-    finished = list(tmp_path.glob("*.json"))
-    assert len(finished) == len(list(science.cells())) - count
-    assert all(path.with_suffix(".png").exists() and "shown" not in path.read_text() for path in finished)
-    loaded, _ = science.load_cells(tmp_path)
-    assert len(loaded) == len(finished)
+    assert err.count("failed: MemoryError: too large a picture") == 2 and "Traceback" not in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.json", "1.png", "3.json"], "pictures of one seed"
+    assert json.loads((tmp_path / "3.json").read_text()) == {
+        "method": "LoRA", "subject": "b", "seed": 1, "seconds": 1,
+    }  # fmt: skip
+
+
+def test_no_cell_starts_after_the_budget(tmp_path: Path) -> None:
+    assert run_missing({CELLS[1]: tmp_path / "0.json"}, 0, time.monotonic() - 1, 1, one_of_two, 12) == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_one_sentence(
@@ -90,7 +100,7 @@ def killed(*_: object) -> dict[str, object]:
 
 def test_a_killed_worker_ends_the_matrix(tmp_path: Path) -> None:
     with pytest.raises(BrokenExecutor):
-        science.run_missing(tmp_path, tmp_path / "cache", time.monotonic() + 600, 1, killed)
+        run_missing({CELLS[0]: tmp_path / "0.json"}, 0, time.monotonic() + 600, 1, killed)
     assert not list(tmp_path.glob("*.json"))
 
 
