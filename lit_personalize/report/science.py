@@ -83,12 +83,12 @@ def cell_id(method: str, subject: str, seed: int, fingerprint: str) -> str:
 def cells() -> Iterator[Cell]:
     """All cells; one seed of everything before the next seed."""
     for seed in SEEDS:
-        for kind, pairs in COMBINATIONS.items():
-            for pair in pairs:
-                yield kind, pair, seed
         for subject in SUBJECTS_FOR_SCIENCE:
             for method in METHODS:
                 yield method, subject, seed
+        for kind, pairs in COMBINATIONS.items():
+            for pair in pairs:
+                yield kind, pair, seed
         for style in STYLES_FOR_SCIENCE:
             for method in STYLE_METHODS:
                 yield method, style, seed
