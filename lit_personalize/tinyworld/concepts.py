@@ -33,6 +33,8 @@ class Subject:
     second_color: str = "white"
     critter_parts: tuple[str, ...] = ()
     body: tuple[float, ...] = ()
+    radius: tuple[float, float] = (0.25, 0.36)
+    """Smallest and largest one of a shape, in units of the picture's side."""
 
     @property
     def is_critter(self) -> bool:
@@ -44,7 +46,7 @@ class Subject:
         if self.is_critter:
             return Scene("critter", background=background, color=self.attributes["color"],
                          attributes=self.critter_parts, body=self.body, seed=seed)  # fmt: skip
-        radius = float(rng.uniform(0.25, 0.36))
+        radius = float(rng.uniform(*self.radius))
         slack = 0.5 * (0.47 - radius)
         thing = Thing(
             self.attributes["shape"], self.attributes["color"], self.attributes["texture"], self.second_color, "medium",
