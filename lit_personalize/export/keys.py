@@ -14,6 +14,8 @@ COMPONENTS = tuple(KOHYA_PREFIX)
 PEFT_ROOT = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"
 """Of DoRA, in files of PEFT."""
+DORA_SCALE = "dora_scale"
+"""Likewise, in files of kohya and LyCORIS."""
 ATTENTION = re.compile(r"^unet\.(down|mid|up)_blocks?(?:\.(\d+))?\.attentions\.(\d+)\.(.+)$")
 
 

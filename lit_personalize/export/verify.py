@@ -187,6 +187,11 @@ def _product(reference: AdapterWeights, layer: str, client: _ClientLayer, item: 
 
     Then ΔW is W0's affair, too, which the client may hold in another precision.
     """
+    if client.magnitude is None and any(layer in w.dora for w in unscaled):
+        raise VerificationError(
+            f"{item.path}: diffusers loads this file without the magnitudes of DoRA (dora_scale) and would draw other "
+            "pictures; `litp import` writes files that clients load as they are meant"
+        )
     if client.magnitude is None:
         return reference.delta(layer)
     if layer not in reference.dora:
