@@ -94,7 +94,7 @@ def _entries(content: Mapping[str, Any], base: Base, path: Path) -> Iterator[tup
     """Weights by our names, in any of the layouts."""
     if "unet" in content:
         if unknown := set(content) - DELTA:
-            raise DataError(f"{path}: {min(unknown)!r} is no part of a delta file; those are {', '.join(sorted(DELTA))}")
+            raise DataError(f"{path}: {min(unknown)!r} is no part of a delta file ({', '.join(sorted(DELTA))})")
         for component in ("unet", *ENCODERS):
             for name, value in _mapping(content.get(component, {}), component, path).items():
                 if not name.endswith("position_ids"):
@@ -146,7 +146,7 @@ def _add_whole(weights: AdapterWeights, own: _Parameter, value: Tensor, path: Pa
 
 
 def _add_factors(weights: AdapterWeights, own: _Parameter, value: Mapping[str, Any], path: Path) -> None:
-    """ΔW = u·v with u `[out, R]` and v `[R, in]`; the original tool writes R = 0 where one value outweighs its share."""
+    """ΔW = u·v, u `[out, R]` and v `[R, in]`; the original tool writes R = 0 where one value outweighs its share."""
     if set(value) != {"u", "v"} or not own.layer:
         raise DataError(f"{path}: {own.name} holds {', '.join(map(str, value))}; compressed layers hold u and v")
     up, down = (_numbers(value[part], f"{own.name} ({part})", path) for part in ("u", "v"))

@@ -68,7 +68,8 @@ def import_files(
             raise DataError(f"{path}: {error}; import it by itself") from error
     _check_widths(weights, base)
     if tokens and len(tokens) != len(weights.tokens):
-        raise UsageError(f"{len(tokens)} names for the tokens {', '.join(weights.tokens) or '(none)'}; give one for each")
+        known = ", ".join(weights.tokens) or "(none)"
+        raise UsageError(f"{len(tokens)} names for the tokens {known}; give one for each")
     weights.tokens = dict(zip(tokens or weights.tokens, weights.tokens.values(), strict=True))
     if not formats:
         formats = ["delta" if weights.dense or weights.parameters else "diffusers"]

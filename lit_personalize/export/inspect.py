@@ -56,7 +56,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
     downs = {m["layer"]: tensors[k] for k, m in matches.items() if "down" in (m["ud"], m["k"]) or m["ab"] == "A"}
     return {
         "file": str(path),
-        "format": FORMATS[kind],
+        "format": FORMATS[kind] + (" with DoRA" if any(keys.is_magnitude(n) for n in tensors) else ""),
         "bytes": path.stat().st_size,
         "tensors": len(tensors),
         "parameters": sum(t.numel() for t in tensors.values()),

@@ -19,6 +19,11 @@ DORA_SCALE = "dora_scale"
 ATTENTION = re.compile(r"^unet\.(down|mid|up)_blocks?(?:\.(\d+))?\.attentions\.(\d+)\.(.+)$")
 
 
+def is_magnitude(key: str) -> bool:
+    """Whether a file's key is that of a layer's magnitude."""
+    return key.removesuffix(".weight").endswith((MAGNITUDE, DORA_SCALE))
+
+
 def split(layer: str) -> tuple[str, str]:
     component, _, path = layer.partition(".")
     return component, path

@@ -233,7 +233,7 @@ def _rescale(weights: AdapterWeights, layer: str, magnitude: Tensor, frozen: Ten
 def _without_magnitudes(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], known: Mapping[str, str], path: Path
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The other tensors, and DoRA's m by layer: PEFT's `[out]`, with ones of a convolution around; kohya's `[out, 1]`."""
+    """The other tensors, and DoRA's m by layer: PEFT's as `[out]`, kohya's `[out, 1]` as it is."""
     component = component_of(metadata, path)
     found: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}

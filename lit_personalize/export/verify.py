@@ -120,6 +120,7 @@ def verify(
     pipe = stock_pipeline(base) if any(f.kind in ("diffusers", "kohya") for f in files) else None
     for item in files:
         if item.kind in ("diffusers", "kohya", "peft"):
+            _refuse_lost_magnitudes(item)
             wanted = reference or read_adapter(item.path, base, force=True)
             # PEFT's wrapper replaces modules for good; the pipeline gives its layers back.
             client = stock_pipeline(base) if pipe is None or item.kind == "peft" else pipe
@@ -182,16 +183,20 @@ def _check_lora(item: Exported, base: Base, reference: AdapterWeights, pipe: Any
     return report
 
 
+def _refuse_lost_magnitudes(item: Exported) -> None:
+    """Diffusers filters dora_scale out of kohya files, with a warning, and applies what is left."""
+    if item.kind == "kohya" and any(name.endswith(keys.DORA_SCALE) for name in read_file(item.path)[0]):
+        raise VerificationError(
+            f"{item.path}: diffusers loads it without its magnitudes of DoRA (dora_scale) and draws other pictures; "
+            "`litp sample` applies them, and `litp import --formats diffusers kohya` writes files that need none"
+        )
+
+
 def _product(reference: AdapterWeights, layer: str, client: _ClientLayer, item: Exported) -> Tensor:
     """What the client's s·B·A of a layer must be; with a magnitude, that is compared at once.
 
     Then ΔW is W0's affair, too, which the client may hold in another precision.
     """
-    if client.magnitude is None and any(layer in w.dora for w in unscaled):
-        raise VerificationError(
-            f"{item.path}: diffusers loads this file without the magnitudes of DoRA (dora_scale) and would draw other "
-            "pictures; `litp import` writes files that clients load as they are meant"
-        )
     if client.magnitude is None:
         return reference.delta(layer)
     if layer not in reference.dora:

@@ -156,7 +156,7 @@ def test_compressed_deltas_are_low_rank_and_may_be_of_rank_zero(tiny_bases: dict
 @pytest.mark.parametrize("safe", [False, True])
 @pytest.mark.parametrize("faces", [False, True])
 def test_weights_that_diffusers_saved(tiny_bases: dict[str, Path], tmp_path: Path, safe: bool, faces: bool) -> None:
-    """Written by diffusers itself, whose own loader passes over them without a word (0.42.1)."""
+    """Written by diffusers itself: every processor by its name, with weights for other projections."""
     from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import CustomDiffusionAttnProcessor
 
