@@ -62,8 +62,9 @@ def import_files(
         raise UsageError(f"output {folder} exists and is not an empty folder; name a new one")
     weights = AdapterWeights()
     for path in map(Path, paths):
+        found = read_foreign(path, base)
         try:
-            weights = weights.merge(read_foreign(path, base))
+            weights = weights.merge(found)
         except ValueError as error:
             raise DataError(f"{path}: {error}; import it by itself") from error
     _check_widths(weights, base)
@@ -77,7 +78,7 @@ def import_files(
             weights.dense |= {layer: weights.delta(layer) for layer in weights.low_rank}
             weights.low_rank = {}
     sources = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in map(Path, paths)}
-    files = export(weights, folder, base, folder.name, formats, {"imported": sources})
+    files = export(weights, folder, base, folder.resolve().name or "adapter", formats, {"imported": sources})
     report = verify(files, base, weights, "a photo of " + (" and ".join(weights.tokens) or "something"))
     return ImportReport(
         str(folder), dict(Counter(layer.partition(".")[0] for layer in weights.layers())), len(weights.parameters),
