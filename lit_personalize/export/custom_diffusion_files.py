@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_personalize.adapters.protocol import AdapterWeights, LowRank
 from lit_personalize.adapters.shadow import all_parameters, weight_layers
@@ -85,7 +85,7 @@ def _parameters(base: Base) -> dict[str, _Parameter]:
         for path, (owner, attribute) in all_parameters(module).items():
             name, layer = f"{component}.{path}", path.removesuffix(".weight")
             own = layer if attribute == "weight" and layer in layers else ""
-            frozen = cast(Tensor, cast(nn.Module, owner)._parameters[attribute])
+            frozen = cast(Tensor, owner._parameters[attribute])
             found[keys.portable(name)] = _Parameter(name, own and f"{component}.{own}", frozen)
     return found
 
