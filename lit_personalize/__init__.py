@@ -19,6 +19,7 @@ _PUBLIC = {
     "evaluate": ("lit_personalize.metrics.evaluation", "evaluate"),
     "export_adapter": ("lit_personalize.export.exporter", "export"),
     "verify": ("lit_personalize.export.verify", "verify"),
+    "import_adapter": ("lit_personalize.export.importing", "import_files"),
     "load_adapter": ("lit_personalize.export.loading", "load_adapter"),
 }
 

@@ -28,6 +28,7 @@ from lit_personalize.adapters.oft import OFT
 from lit_personalize.adapters.token_embedding import TokenEmbedding
 from lit_personalize.adapters.ziplora import ZipLoRA
 from lit_personalize.errors import UsageError
+from lit_personalize.export.factorize import Truncation
 from lit_personalize.list_replacement import replace_lists
 from lit_personalize.objectives.denoising import Denoising
 from lit_personalize.objectives.merged_distillation import MergedDistillation
@@ -88,11 +89,18 @@ class Exporting:
     max_error: float = 1e-3
     """Largest relative error of dense changes written as LoRA; 0 keeps them exact."""
     max_rank: int | None = None
-    """Bound on the rank of such a LoRA, which goes before max_error; what it costs is declared in the file."""
+    """Bound on the rank of such a LoRA, which goes before the other rules; what it costs is declared in the file."""
+    energy: float | None = None
+    """Instead of max_error: share of every layer's squared singular values that is kept, such as 0.99."""
+    nuclear: float | None = None
+    """Instead of max_error: share of the sum of every layer's singular values; Custom Diffusion compresses to 0.6."""
     verify: bool = True
     """Reload every file through the stock client and compare."""
     license: str = ""
     """Licence named on the model card."""
+
+    def __post_init__(self) -> None:
+        Truncation(self.max_error, self.max_rank, self.energy, self.nuclear)  # refused before training, not after
 
 
 def recipe_path(name: str) -> Path:

@@ -302,8 +302,10 @@ def export_run(built: Namespace, run: RunDirectory, device: torch.device | None 
     if run.config.is_file():
         details["config_sha256"] = hashlib.sha256(run.config.read_bytes()).hexdigest()[:16]
     wanted = built.export
-    bounds = {"max_error": wanted.max_error, "max_rank": wanted.max_rank}
-    files = export(weights, run.exports, objective.built, run.name, wanted.formats, details, **bounds)
+    files = export(
+        weights, run.exports, objective.built, run.name, wanted.formats, details,
+        wanted.max_error, wanted.max_rank, wanted.energy, wanted.nuclear,
+    )  # fmt: skip
     report = None
     if built.export.verify:
         objective.to(training_device(built) if device is None else device)

@@ -26,7 +26,7 @@ from lit_datamodules.latent_cache import LatentCache, kept_latents
 from lit_datamodules.order import INSTANCE, Mixing, Order, Slot
 from lit_datamodules.protocols import Generator, ImageEncoder, TextEncoder
 from lit_datamodules.regularization import Regularization
-from lit_datamodules.resize_augmentation import LARGE_PREFIXES, SMALL_PREFIXES, CropMode
+from lit_datamodules.resize_augmentation import LARGE_PREFIXES, SMALL_PREFIXES, CropMode, prefixed
 from lit_datamodules.step_loader import FixedLoader, StepLoader, WorkerStart
 from lit_datamodules.substitution import Substitution
 from lit_datamodules.tensor_store import TensorStore
@@ -246,7 +246,7 @@ class PersonalizationData(pl.LightningDataModule):
         """Every caption that training can show, with the prefixes of the resize augmentation."""
         prefixes = ("", *SMALL_PREFIXES, *LARGE_PREFIXES) if self.geometry.augmentation != "none" else ("",)
         said = [(c, prefixes if s.role == INSTANCE else ("",)) for s in self.samples for c in s.captions]
-        return list(dict.fromkeys(prefix + caption for caption, before in said for prefix in before))
+        return list(dict.fromkeys(prefixed(prefix, caption) for caption, before in said for prefix in before))
 
     @property
     def text_store(self) -> TensorStore | None:

@@ -18,8 +18,15 @@ from lit_datamodules.buckets import Shape
 
 SMALL_PREFIXES = ("a far away ", "very small ")
 LARGE_PREFIXES = ("zoomed in ", "close up ")
+ARTICLES = ("a ", "an ", "the ")
 Variant = Literal["paper", "port"]
 CropMode = Literal["center", "random", "squash"]
+
+
+def prefixed(prefix: str, caption: str) -> str:
+    """A caption with a view's prefix, which stands for an article that the caption begins with."""
+    article = next((a for a in ARTICLES if caption.lower().startswith(a)), "") if prefix else ""
+    return prefix + caption[len(article) :]
 
 
 @dataclass(frozen=True)

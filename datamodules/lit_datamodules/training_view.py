@@ -23,6 +23,7 @@ from lit_datamodules.resize_augmentation import (
     custom_diffusion_view,
     latent_mask,
     plain_view,
+    prefixed,
 )
 
 Augmentation = Literal["none", "custom_diffusion", "custom_diffusion_port"]
@@ -102,7 +103,8 @@ def _shot(
     top = round(box[1] * view.scaled[0] / (box[3] - box[1]) + (view.top if view.zoomed else 0))
     left = round(box[0] * view.scaled[1] / (box[2] - box[0]) + (view.left if view.zoomed else 0))
     first, second, third, fourth, fifth, sixth = map(float, (*sample.original, top, left, *view.shape))
-    return Shot(replace(view, flip=flip), box, view.prefix + caption, (first, second, third, fourth, fifth, sixth))
+    caption = prefixed(view.prefix, caption)
+    return Shot(replace(view, flip=flip), box, caption, (first, second, third, fourth, fifth, sixth))
 
 
 def pixels_of(sample: Sample, shot: Shot) -> np.ndarray:

@@ -16,7 +16,7 @@ from lit_personalize.errors import DataError, UsageError
 
 TINYWORLD = "tinyworld"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
-"""Endings of files that may run code when they are loaded; none of them is ever read."""
+"""Endings of files that may run code when they are loaded; `litp import` alone reads weights out of them."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

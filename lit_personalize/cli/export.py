@@ -13,8 +13,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("run", type=Path, help="run directory")
     formats = "diffusers kohya peft delta neurons pipeline"
     parser.add_argument("--formats", nargs="+", default=["diffusers", "kohya"], help=formats)
-    parser.add_argument("--max-error", type=float, default=None, help="of dense changes written as LoRA; 0 is exact")
-    parser.add_argument("--max-rank", type=int, default=None, help="bound on their rank, before --max-error")
+    rule = parser.add_mutually_exclusive_group()
+    rule.add_argument("--max-error", type=float, help="of dense changes written as LoRA; 0 is exact")
+    rule.add_argument("--energy", type=float, help="instead: share of their squared singular values to keep, 0.99")
+    rule.add_argument("--nuclear", type=float, help="instead: share of the sum of their singular values to keep, 0.6")
+    parser.add_argument("--max-rank", type=int, help="bound on their rank, before the other rules")
     parser.add_argument("--no-verify", action="store_true")
     add_json(parser)
     add_device(parser)
@@ -31,10 +34,12 @@ def main(arguments: list[str]) -> int:
 
     parser_, config = parse(["-c", str(options.run / "config.yaml")])
     config.export.formats = options.formats
-    if options.max_error is not None:
-        config.export.max_error = options.max_error
-    if options.max_rank is not None:
-        config.export.max_rank = options.max_rank
+    given = {name: getattr(options, name) for name in ("max_error", "energy", "nuclear", "max_rank")}
+    if any(given[name] is not None for name in ("max_error", "energy", "nuclear")):  # instead of the run's own rule
+        config.export.energy = config.export.nuclear = None
+    for name, value in given.items():
+        if value is not None:
+            setattr(config.export, name, value)
     config.export.verify = not options.no_verify
     run = RunDirectory(options.run.parent, options.run.name)
     with run.lock():

@@ -10,6 +10,7 @@ from lit_personalize.cli.console import add_json, emit
 
 METHODS = {
     "custom_diffusion": ("PriorPreservation", True, "photo of a {token} {class}"),
+    "custom_diffusion_faces": ("PriorPreservation", True, "photo of a {token} {class}"),
     "textual_inversion": ("Denoising", False, "object"),
     "dreambooth_lora": ("PriorPreservation", True, "photo of a {token} {class}"),
     "pivotal_tuning": ("Denoising", False, "photo of a {token} {class}"),
@@ -19,6 +20,10 @@ METHODS = {
     "lora": ("Denoising", False, "photo of a {class}"),
     "b_lora": ("Denoising", False, "A {token}"),
 }
+STYLE = "painting in the style of {token} {class}"
+"""Custom Diffusion's only sentence about a style, whose class noun is "art"."""
+STYLE_PROMPTS = {"object": "style", "photo of a {token} {class}": STYLE}
+"""What a picture's prompt becomes where the concept is a style."""
 CLASS_PICTURES = "# Pictures of the class with captions, so that the class stays what it is."
 # These train no token row: their word is one that the tokenizer knows, and that few captions hold.
 WORDS = {method: "sks" for method in ("dreambooth_lora", "dreambooth", "oft", "cones", "b_lora")}
@@ -31,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", type=Path, required=True, help="folder with the pictures of one concept")
     parser.add_argument("--class-noun", required=True, help="what it is, in one word: cat")
     parser.add_argument("--method", choices=METHODS, default="custom_diffusion")
+    parser.add_argument("--style", action="store_true", help="the concept is a style of pictures; class noun: art")
     parser.add_argument("--base", default="tinyworld", help='diffusers directory, single file, or "tinyworld"')
     parser.add_argument("--token", default="", help="word for the concept; default: the recipe's, such as <new1>")
     parser.add_argument("--regularization", default="", help="shards, a folder, or a number of pictures to generate")
@@ -45,6 +51,9 @@ def main(arguments: list[str]) -> int:
     options = build_parser().parse_args(arguments)
     from lit_personalize.errors import DataError, UsageError
 
+    if options.style and METHODS[options.method][2] not in STYLE_PROMPTS:
+        able = ", ".join(method for method, (_, _, prompt) in METHODS.items() if prompt in STYLE_PROMPTS)
+        raise UsageError(f"{options.method} has no prompts about styles; --style goes with {able}")
     if not options.images.is_dir():
         raise DataError(f"folder {options.images} does not exist; --images names a folder of pictures")
     if options.output.exists():
@@ -57,6 +66,7 @@ def main(arguments: list[str]) -> int:
             options.method, options.base, options.images, options.class_noun,
             options.token or WORDS.get(options.method, "<new1>"),
             options.regularization, options.name or options.images.resolve().name, options.steps,
+            options.style,
         ),
         encoding="utf-8",
     )  # fmt: skip
@@ -69,9 +79,10 @@ def main(arguments: list[str]) -> int:
 
 
 def run_yaml(
-    method: str, base: str, images: Path, class_noun: str, token: str, regularization: str, name: str, steps: int = 0
-) -> str:
-    """The text of a configuration that `litp fit` accepts."""
+    method: str, base: str, images: Path, class_noun: str, token: str, regularization: str, name: str, steps: int = 0,
+    style: bool = False,
+) -> str:  # fmt: skip
+    """The text of a configuration that `litp fit` accepts; with `style` its prompts speak of a manner of painting."""
     from lit_personalize.recipe_files import base_key, recipe_text
 
     needs_token = method != "lora"
@@ -82,18 +93,23 @@ def run_yaml(
         *recipe_text(method, base_key(base), base, token).splitlines(),
     ]
     text = "\n".join(lines)
-    concept = [f"path: {images}", f"class_noun: {class_noun}", f'prompt: "{METHODS[method][2]}"']
+    prompt = STYLE_PROMPTS[METHODS[method][2]] if style else METHODS[method][2]
+    concept = [f"path: {images}", f"class_noun: {class_noun}", f'prompt: "{prompt}"']
     if needs_token:
         concept.insert(2, f"token: {token}")
     said = "# Describe a picture in a .txt file beside it; prompt stands for those without one."
     block = f"      {said}\n      - {{{', '.join(concept)}}}"
     text = text.replace("    concepts: []", f"    concepts:\n{block}")
     if METHODS[method][1]:
-        chosen = _regularization(regularization, class_noun)
+        untold = (STYLE if style else "photo of a {token} {class}").replace("{token} ", "")
+        chosen = _regularization(regularization, untold.replace("{class}", class_noun))
         block = f"    regularization:\n      {CLASS_PICTURES}\n      - {chosen}\n"
         text = text.replace("    resolution:", f"{block}    resolution:", 1)
     photo = f"photo of a {subject}"
     prompts = [photo, f"{photo} on the beach", f"{photo} on a blue background"]
+    if style:
+        things = ("painting", "painting of a dog", "painting of a house")
+        prompts = [f"{thing} in the style of {subject}" for thing in things]
     text = text.replace("sampling: {", f"sampling: {{prompts: [{', '.join(prompts)}], ")
     if steps:
         import re
@@ -102,9 +118,9 @@ def run_yaml(
     return text + "\n"
 
 
-def _regularization(given: str, class_noun: str) -> str:
+def _regularization(given: str, prompt: str) -> str:
     if not given or given.isdigit():
-        return f'{{generate: {given or 200}, prompt: "photo of a {class_noun}"}}'
+        return f'{{generate: {given or 200}, prompt: "{prompt}"}}'
     if given.endswith(".tar"):
         return f'{{shards: "{given}"}}'
-    return f'{{folder: {given}, prompt: "photo of a {class_noun}"}}'
+    return f'{{folder: {given}, prompt: "{prompt}"}}'

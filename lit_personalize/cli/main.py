@@ -21,6 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "export": ("export", "write adapter files of a run again, in other formats"),
     "verify": ("verify", "reload an adapter file through the stock client and compare"),
     "inspect": ("inspect", "show keys, ranks, tokens and metadata of an adapter file"),
+    "import": ("import_", "take an adapter of another program, pickles included, into .safetensors"),
     "data": ("data", "check the pictures of a configuration, or draw what the model sees"),
     "gallery": ("gallery", "write a page of adapters with their pictures and files"),
     "runs": ("runs", "list runs, or show one"),

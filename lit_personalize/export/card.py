@@ -215,6 +215,7 @@ def write_card(
         rows.append([f"`exports/{item.name}`", item.kind, *figures])
     body += _table(["file", "kind", "layers", "largest error after reloading"], rows)
     body += [f"\n`exports/{item.name}` leaves out {item.left_out}." for item in files if item.left_out]
+    body += [f"\nLoRA files hold {kept}." for kept in dict.fromkeys(item.kept for item in files) if kept]
     if report and report.picture_difference is not None:
         most = f"{report.picture_difference:.4f}"
         body += ["", f"A stock pipeline and the trainer's sampler differ by at most {most} per pixel."]

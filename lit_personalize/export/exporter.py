@@ -15,7 +15,7 @@ from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.token_rows import pieces_of
 from lit_personalize.errors import UsageError
 from lit_personalize.export import files, keys
-from lit_personalize.export.factorize import factorize
+from lit_personalize.export.factorize import Kept, Truncation, factorize, summary
 from lit_personalize.export.rotations import write_oft
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,8 @@ class Exported:
     """Which text encoder an embedding file is for; None where one file serves all."""
     left_out: str = ""
     """What a LoRA file cannot hold of the change, in words."""
+    kept: str = ""
+    """What a LoRA file holds of dense layers, in words."""
     folder: Path | None = None
     """The export's folder, which `name` leaves out."""
 
@@ -55,6 +57,8 @@ def export(
     details: Mapping[str, object] | None = None,
     max_error: float = 1e-3,
     max_rank: int | None = None,
+    energy: float | None = None,
+    nuclear: float | None = None,
 ) -> list[Exported]:
     """Write `weights` into `folder`.
 
@@ -66,23 +70,23 @@ def export(
             file each.
         details: Stored in every file's metadata (recipe, steps, run).
         max_error: Largest relative Frobenius error of a factored layer; 0 keeps every singular value.
-        max_rank: Bound on the rank of a factored layer, which goes before `max_error`; the error is declared.
+        max_rank: Bound on the rank of a factored layer, which goes before the other rules.
+        energy: See `Truncation`, as `nuclear`. Whatever the rule, the error is declared, and the file says what it
+            kept.
 
     Raises:
-        UsageError: An unknown format, a negative `max_error`, or a `max_rank` below 1.
+        UsageError: An unknown format, or what `Truncation` refuses.
     """
     if unknown := [f for f in formats if f not in FORMATS]:
         raise UsageError(f"unknown export format {unknown[0]!r}; use {', '.join(FORMATS)}")
-    if not max_error >= 0:
-        raise UsageError(f"max_error must be 0 (exact) or positive, not {max_error}")
-    if max_rank is not None and max_rank < 1:
-        raise UsageError(f"max_rank must be at least 1 (or null for no bound), not {max_rank}")
+    how = Truncation(max_error, max_rank, energy, nuclear)
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Exported] = []
     chosen = [f for f in ("diffusers", "kohya", "peft") if f in formats]
     if chosen and (weights.low_rank or weights.dense):
         described = describe(weights, base, name, "lora", details)
         loras: list[Exported] = []
+        kept = ""
         if left_out := _left_out(weights):
             described["litp.left_out"] = left_out
             log.warning("a LoRA file leaves out %s; the formats pipeline and delta hold them", left_out)
@@ -90,11 +94,15 @@ def export(
         loras += _write_dora(weights, dora, folder, described)
         if chosen != ["peft"] or any(keys.split(layer)[0] not in dora for layer in weights.layers()):
             exact = set(weights.rotations) if chosen == ["peft"] else set()
-            low_rank, errors = _all_low_rank(weights, base, max_error, max_rank, exact)
+            low_rank, found = _all_low_rank(weights, base, how, exact)
+            errors = {layer: layer_kept.error for layer, layer_kept in found.items()}
             described["litp.largest_error"] = repr(max(errors.values(), default=0.0))
+            if kept := summary(list(found.values()), how):
+                described["litp.kept"] = kept
+                log.info("LoRA files hold %s", kept)
             for_peft = {layer: f for layer, f in low_rank.items() if layer not in weights.rotations}
             loras += _write_loras(low_rank, for_peft, errors, folder, base, name, chosen, described, dora)
-        written += [replace(item, left_out=left_out) for item in loras]
+        written += [replace(item, left_out=left_out, kept=kept if item.errors else "") for item in loras]
     if "peft" in formats:
         described = describe(weights, base, name, "oft", details)
         for component in dict.fromkeys(keys.split(layer)[0] for layer in weights.rotations):
@@ -266,18 +274,18 @@ def _left_out(weights: AdapterWeights) -> str:
 
 
 def _all_low_rank(
-    weights: AdapterWeights, base: Base, max_error: float, max_rank: int | None, exact: Collection[str]
-) -> tuple[dict[str, LowRank], dict[str, float]]:
+    weights: AdapterWeights, base: Base, how: Truncation, exact: Collection[str]
+) -> tuple[dict[str, LowRank], dict[str, Kept]]:
     """Low-rank layers as they are, dense ones factored; those of `exact` are left out.
 
     Where a layer has both, ranks are concatenated.
     """
-    low_rank, errors = dict(weights.low_rank), {}
+    low_rank, kept = dict(weights.low_rank), {}
     layers = {f"{c}.{p}": m for c, module in base.components().items() for p, m in weight_layers(module).items()}
     for layer, delta in weights.dense.items():
         if layer in exact:
             continue
-        factored, errors[layer] = factorize(delta, max_error, max_rank)
+        factored, kept[layer] = factorize(delta, how)
         factored = factored.shaped(layers[layer].weight.shape)
         low_rank[layer] = low_rank[layer].concatenate(factored) if layer in low_rank else factored
-    return low_rank, errors
+    return low_rank, kept

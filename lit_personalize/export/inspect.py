@@ -56,7 +56,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
     downs = {m["layer"]: tensors[k] for k, m in matches.items() if "down" in (m["ud"], m["k"]) or m["ab"] == "A"}
     return {
         "file": str(path),
-        "format": FORMATS[kind],
+        "format": FORMATS[kind] + (" with DoRA" if any(keys.is_magnitude(n) for n in tensors) else ""),
         "bytes": path.stat().st_size,
         "tensors": len(tensors),
         "parameters": sum(t.numel() for t in tensors.values()),
@@ -65,6 +65,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
         "ranks": _counts(t.shape[0] for t in downs.values()),
         "alphas": _counts(_alphas(tensors, downs, metadata, path)) or "as rank",
         "largest_error": metadata.get("litp.largest_error", "unknown"),
+        "kept": metadata.get("litp.kept", "unknown"),
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
         "tokens": _tokens(tensors, kind, metadata),
         "base": metadata.get("litp.base", metadata.get("ss_sd_model_name", "unknown")),

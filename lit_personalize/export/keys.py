@@ -14,7 +14,14 @@ COMPONENTS = tuple(KOHYA_PREFIX)
 PEFT_ROOT = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"
 """Of DoRA, in files of PEFT."""
+DORA_SCALE = "dora_scale"
+"""Likewise, in files of kohya and LyCORIS."""
 ATTENTION = re.compile(r"^unet\.(down|mid|up)_blocks?(?:\.(\d+))?\.attentions\.(\d+)\.(.+)$")
+
+
+def is_magnitude(key: str) -> bool:
+    """Whether a file's key is that of a layer's magnitude."""
+    return key.removesuffix(".weight").endswith((MAGNITUDE, DORA_SCALE))
 
 
 def split(layer: str) -> tuple[str, str]:

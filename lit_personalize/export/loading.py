@@ -22,6 +22,7 @@ from lit_personalize.backbones.loading import PICKLES
 from lit_personalize.errors import DataError
 from lit_personalize.export import keys, rotations
 from lit_personalize.export.files import FORMAT_VERSION, INDEX
+from lit_personalize.export.pickled import is_pickle
 
 log = logging.getLogger(__name__)
 LORA_FILES = (
@@ -46,12 +47,8 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     if not path.is_file():
         raise DataError(f"adapter file {path} does not exist")
-    with path.open("rb") as stream:
-        head = stream.read(16)
-    # A safetensors file has its header's length in 8 bytes, which may look like a pickle's first, and then "{".
-    pickled = head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[8:9] != b"{")
-    if path.suffix.lower() in PICKLES or pickled:
-        raise DataError(f"{path} is a pickle: loading one can run any code; convert it to .safetensors first")
+    if path.suffix.lower() in PICKLES or is_pickle(path):
+        raise DataError(f"{path} is a pickle: loading one can run any code; `litp import` takes the weights out of it")
     try:
         with safe_open(path, "pt") as file:
             metadata = dict(file.metadata() or {})
@@ -61,6 +58,16 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     version = metadata.get("litp.format_version", FORMAT_VERSION)
     if not version.isdigit() or int(version) > int(FORMAT_VERSION):
         raise DataError(f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}; upgrade it")
+    check_tensors(tensors, path)
+    return tensors, metadata
+
+
+def check_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors that no adapter has.
+
+    Raises:
+        DataError: There is none, or one with values that are no finite floating-point numbers.
+    """
     if not tensors:
         raise DataError(f"{path} holds no tensor")
     for name, tensor in tensors.items():
@@ -68,7 +75,6 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise DataError(f"{path}: {name} is {tensor.dtype}; adapters hold floating-point numbers")
         if not bool(torch.isfinite(tensor).all()):
             raise DataError(f"{path}: {name} holds NaN or infinite values")
-    return tensors, metadata
 
 
 def read_adapter(paths: Path | Iterable[Path], base: Base, force: bool = False) -> AdapterWeights:
@@ -199,18 +205,35 @@ def parse(tensors: dict[str, Tensor], metadata: dict[str, str], base: Base, path
     # Some tools write a linear layer's factors as 1x1 convolutions.
     weights.low_rank = {name: f.shaped(layers[name].weight.shape) for name, f in weights.low_rank.items()}
     for layer, magnitude in magnitudes.items():
-        if layer not in weights.low_rank or magnitude.shape != (shapes[layer][0],):
-            raise DataError(f"{path}: the magnitude of {layer} has no factors, or is not one number per output")
-        weights.dora[layer] = Dora(weights.low_rank.pop(layer), magnitude)
-        frozen = cast(Tensor, layers[layer]._parameters["weight"]).detach().flatten(1).float()
-        weights.dense[layer] = weights.dora[layer].delta(frozen.cpu())
+        frozen = cast(Tensor, layers[layer]._parameters["weight"]).detach().flatten(1).float().cpu()
+        _rescale(weights, layer, magnitude, frozen, path)
     return weights
+
+
+def _rescale(weights: AdapterWeights, layer: str, magnitude: Tensor, frozen: Tensor, path: Path) -> None:
+    """Make a layer's factors what they are with DoRA's magnitude: ΔW = m·(W0 + s·B·A) / ‖W0 + s·B·A‖ - W0.
+
+    One number per output is the paper's (eq. 5). LyCORIS files may hold one per input instead, `[1, in]`, with norms
+    over the outputs; no client's format says that, so only its ΔW is kept.
+    """
+    factors = weights.low_rank.pop(layer, None)
+    inputs = frozen.shape[1] if factors is None else factors.down.shape[1]
+    per_input = magnitude.ndim > 1 and magnitude.shape[0] == 1 != frozen.shape[0] and magnitude.numel() == inputs
+    if factors is None or not (per_input or magnitude.numel() == frozen.shape[0]):
+        raise DataError(f"{path}: the magnitude of {layer} has no factors, or is not one number per output")
+    if not per_input:
+        weights.dora[layer] = Dora(factors, magnitude.flatten())
+        weights.dense[layer] = weights.dora[layer].delta(frozen)
+        return
+    merged = (frozen + factors.delta()).reshape(len(frozen), inputs, -1)  # of a convolution, taps count as outputs
+    norm = merged.norm(dim=(0, 2), keepdim=True)
+    weights.dense[layer] = (magnitude.reshape(1, inputs, 1) / norm * merged).flatten(1) - frozen
 
 
 def _without_magnitudes(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], known: Mapping[str, str], path: Path
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The other tensors, and DoRA's m `[out]` by layer."""
+    """The other tensors, and DoRA's m by layer: PEFT's as `[out]`, kohya's `[out, 1]` as it is."""
     component = component_of(metadata, path)
     found: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
@@ -218,6 +241,8 @@ def _without_magnitudes(
         name, dot, part = key.removesuffix(".weight").rpartition(".")
         if dot and part == keys.MAGNITUDE:
             found[_known(name, known, path, component)] = tensor.float().flatten()
+        elif dot and part == keys.DORA_SCALE:
+            found[_known(name, known, path, component)] = tensor.float()
         else:
             others[key] = tensor
     return others, found
@@ -332,7 +357,9 @@ def _parse_lora(
 
 def _kind_of(key: str) -> str:
     """Name the kind of adapter that a foreign key belongs to."""
-    kinds = {"dora_scale": "kohya's DoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT"}
+    kinds = {"hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT"}
+    if "_custom_diffusion." in key:
+        return "; `litp import` reads Custom Diffusion's weights of diffusers"
     return next((f"; {kind} files are not read" for part, kind in kinds.items() if part in key), "")
 
 

@@ -120,6 +120,7 @@ def verify(
     pipe = stock_pipeline(base) if any(f.kind in ("diffusers", "kohya") for f in files) else None
     for item in files:
         if item.kind in ("diffusers", "kohya", "peft"):
+            _refuse_lost_magnitudes(item)
             wanted = reference or read_adapter(item.path, base, force=True)
             # PEFT's wrapper replaces modules for good; the pipeline gives its layers back.
             client = stock_pipeline(base) if pipe is None or item.kind == "peft" else pipe
@@ -180,6 +181,15 @@ def _check_lora(item: Exported, base: Base, reference: AdapterWeights, pipe: Any
     attention = [f"unet.{p}" for p, m in base.unet.named_modules() if isinstance(m, nn.Linear) and ".attn" in p]
     report.coverage = f"{sum(name in loaded for name in attention)}/{len(attention)}"
     return report
+
+
+def _refuse_lost_magnitudes(item: Exported) -> None:
+    """Diffusers filters dora_scale out of kohya files, with a warning, and applies what is left."""
+    if item.kind == "kohya" and any(name.endswith(keys.DORA_SCALE) for name in read_file(item.path)[0]):
+        raise VerificationError(
+            f"{item.path}: diffusers loads it without its magnitudes of DoRA (dora_scale) and draws other pictures; "
+            "`litp sample` applies them, and `litp import --formats diffusers kohya` writes files that need none"
+        )
 
 
 def _product(reference: AdapterWeights, layer: str, client: _ClientLayer, item: Exported) -> Tensor:

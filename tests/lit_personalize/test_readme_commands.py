@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from lit_personalize.backbones.tiny import write_tiny_clip
 from lit_personalize.cli import quickstart
@@ -53,6 +54,9 @@ TABLE = {
     ),
     "litp merge": Shown(
         "svd runs/photos --rank 1 --base /models/stable-diffusion-v1-5 -o merged", ("merged/merge.json",)
+    ),
+    "litp import delta.bin --base /models/stable-diffusion-v1-5 -o adapters/cat": Shown(
+        leaves=("adapters/cat/learned_embeds.safetensors",)
     ),
     "litp evaluate": Shown(
         "--base /models/stable-diffusion-v1-5 --adapter runs/photos --references photos --clip clip --steps 2 "
@@ -119,6 +123,7 @@ def test_litp_commands_run_in_their_order(
     for number in range(1, 332):
         shard.with_name(f"{number:05d}.tar").hardlink_to(shard)
     write_tiny_clip(tmp_path / "clip")
+    torch.save({"unet": {}, "modifier_token": {"<new9>": torch.ones(32)}}, tmp_path / "delta.bin")
     (tmp_path / "mine.yaml").write_text(MINE.replace("BASE", str(tiny_bases["sdxl"])), encoding="utf-8")
     for command in (c for c in commands(README) if c.startswith("litp")):
         capsys.readouterr()

@@ -76,6 +76,21 @@ def test_batch_of_the_custom_diffusion_recipe(base: Any, folder: Write, shards: 
     assert len(prefixes) > 3
 
 
+@pytest.mark.parametrize("prompt", ["style", "painting in the style of {token} {class}"])
+def test_style_prompts_of_the_custom_diffusion_recipe(base: Any, folder: Write, shards: Write, prompt: str) -> None:
+    """Every caption is about the style, shrunk and zoomed views included, and none has two articles."""
+    style = Concept(str(folder()), "art", "<new1>", prompt=prompt)
+    sets = Regularization(shards=str(shards() / "{00000..00001}.tar"))
+    data = ready(base, style, regularization=sets, batch_size=4, augmentation="custom_diffusion")
+    told = [caption for step in range(20) for caption in (Batch.of(data.batch_of_step(step)).captions or [])[:4]]
+    assert all(caption.endswith("in the style of <new1> art") for caption in told)
+    assert {"a far away ", "very small ", "zoomed in ", "close up "} <= {
+        match[0] for caption in told if (match := re.match(r"a far away |very small |zoomed in |close up ", caption))
+    }
+    assert not any(caption.startswith(("a far away a ", "zoomed in the ", "close up a ")) for caption in told)
+    assert set(told) <= set(data.captions) and (len(set(told)) > 5) == (prompt == "style"), "one sentence, five views"
+
+
 def test_batch_is_a_function_of_seed_and_step(base: Any, folder: Write) -> None:
     concept = Concept(str(folder()), "cat", "<new1>", prompt="object")
     options = {"augmentation": "custom_diffusion", "flip": True, "crop": "random"}

@@ -19,6 +19,7 @@ from lit_datamodules.resize_augmentation import (
     custom_diffusion_view,
     latent_mask,
     plain_view,
+    prefixed,
 )
 
 SIZES = [(512, 8), (64, 4), (32, 2), (64, 8), (1024, 8)]
@@ -39,6 +40,16 @@ def test_prefix_names_the_scale(size: int, downscale: int) -> None:
         assert (view.prefix in LARGE_PREFIXES) == (side > size)
         if not view.prefix:
             assert view == plain_view((size, size)), "from 0.6 to 1 the picture is shown at full size"
+
+
+def test_a_prefix_stands_for_the_article() -> None:
+    assert prefixed("a far away ", "photo of a <new1> cat") == "a far away photo of a <new1> cat"
+    assert prefixed("a far away ", "a painting in the style of <new1> art") == (
+        "a far away painting in the style of <new1> art"
+    )
+    assert prefixed("zoomed in ", "The painting") == "zoomed in painting"
+    assert prefixed("close up ", "anything") == "close up anything"
+    assert prefixed("", "a photo") == "a photo", "views without a prefix keep their caption"
 
 
 def test_port_pastes_middle_scales_without_prefix() -> None:

@@ -197,7 +197,7 @@ def test_a_pickle_is_refused_under_any_name(
     tiny_bases: dict[str, Path], workplace: Path, refused: Refused, name: str
 ) -> None:
     torch.save({"layer": torch.zeros(1)}, name)
-    why = [f"{name} is a pickle: loading one can run any code", "convert it to .safetensors"]
+    why = [f"{name} is a pickle: loading one can run any code", "`litp import` takes the weights out"]
     refused(["sample", "a cat", "--base", str(tiny_bases["sd1"]), "--adapter", name], 3, *why)
     refused(["inspect", name], 3, *why)
 

@@ -17,6 +17,7 @@ NEWER = ("dreambooth", "oft")
 """On two families only: each case takes seconds."""
 FORMATS = {
     "custom_diffusion": "[diffusers, kohya, delta]",
+    "custom_diffusion_faces": "[diffusers, kohya, delta]",
     "dreambooth": "[diffusers, delta]",
     "oft": "[diffusers, peft]",
     "cones": "[diffusers, neurons]",
@@ -26,6 +27,7 @@ CASES = [
     *itertools.product(METHODS, FAMILIES),
     *itertools.product(NEWER, ("sd1", "sdxl")),
     ("cones", "sd1"),
+    ("custom_diffusion_faces", "sd1"),
     ("b_lora", "sdxl"),
 ]
 OPTIONS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.loading import load_base
 from lit_personalize.errors import DataError, UsageError, VerificationError
 from lit_personalize.export.exporter import export
+from lit_personalize.export.inspect import inspect_file
 from lit_personalize.export.loading import load_adapter, read_adapter
 from lit_personalize.export.verify import adapters_in, exported_of, verify
 from lit_personalize.sampling.sampler import SamplingOptions, generate
@@ -40,6 +42,42 @@ def test_stock_clients_give_back_what_was_trained(
     by_kind = {f.kind: f for f in report.files}
     assert by_kind["diffusers"].layers == by_kind["kohya"].layers == len(weights.deltas())
     assert by_kind["diffusers"].largest_error <= 1.1e-3
+
+
+def test_all_of_cross_attention_comes_back_in_the_stock_client(
+    tiny_bases: dict[str, Path], train: Train, tmp_path: Path
+) -> None:
+    """Q, K, V and out of every attn2, whose widths differ; exact on request."""
+    base, weights = train(tiny_bases["sd2-v"], [KeyValueDelta("cross"), TokenEmbedding("<new1>", "cat")])
+    ends = Counter(layer.rpartition("attn2.")[2] for layer in weights.dense)
+    assert ends == {"to_q": 4, "to_k": 4, "to_v": 4, "to_out.0": 4}
+    files = export(weights, tmp_path, base, "run", ["diffusers", "kohya", "delta"], max_error=0.0)
+    report = verify(files, base, weights, "a <new1> cat")
+    assert all(f.layers == 16 and f.largest_error < 2e-6 for f in report.files if f.kind != "embedding")
+    assert {f.coverage for f in report.files if f.kind in ("diffusers", "kohya")} == {"16/32"}
+    assert report.picture_difference is not None and report.picture_difference <= 1 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("rule", [{"energy": 0.9}, {"nuclear": 0.6}, {"nuclear": 0.6, "max_rank": 3}])
+def test_compressed_deltas_say_what_they_kept(
+    tiny_bases: dict[str, Path], train: Train, tmp_path: Path, rule: dict[str, float]
+) -> None:
+    """The file's own words are what its factors hold, and the stock client gives back the declared error."""
+    base, weights = train(tiny_bases["sd1"], [KeyValueDelta()])
+    (item,) = export(weights, tmp_path, base, "run", ["diffusers"], **rule)  # type: ignore[arg-type]
+    (report,) = verify([item], base, weights).files
+    assert 0.1 < report.largest_error <= report.allowed_error
+    least = {"energy": 1.0, "nuclear": 1.0}
+    for layer, delta in weights.dense.items():
+        found, whole = (torch.linalg.svdvals(d.double()) for d in (read_adapter(item.path, base).delta(layer), delta))
+        least["energy"] = min(least["energy"], float(found.square().sum() / whole.square().sum()))
+        least["nuclear"] = min(least["nuclear"], float(found.sum() / whole.sum()))
+    assert f"{least['energy']:.1%} of the energy and {least['nuclear']:.1%} of" in item.kept
+    assert inspect_file(item.path)["kept"] == item.kept
+    if "max_rank" in rule:
+        assert set(report.ranks) == {"3"} and "rank <= 3" in item.kept
+    else:
+        assert all(least[name] >= share for name, share in rule.items())
 
 
 @pytest.mark.parametrize("targets", ["attention", "blocks"])

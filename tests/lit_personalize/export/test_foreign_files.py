@@ -16,7 +16,7 @@ from lit_personalize.adapters.protocol import Adapter, AdapterWeights
 from lit_personalize.adapters.token_embedding import TokenEmbedding
 from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.loading import load_base
-from lit_personalize.errors import DataError
+from lit_personalize.errors import DataError, VerificationError
 from lit_personalize.export import keys
 from lit_personalize.export.exporter import export
 from lit_personalize.export.inspect import inspect_file
@@ -136,6 +136,66 @@ def test_alpha_of_the_metadata_is_obeyed(tiny_bases: dict[str, Path], train: Tra
         read_adapter(file, base)
 
 
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_dora_of_kohya_files_is_that_of_peft(tiny_bases: dict[str, Path], tmp_path: Path, part: str) -> None:
+    """PEFT's weight with its magnitude, from the same numbers under kohya's keys; diffusers loses the magnitudes."""
+    from peft.tuners.lora import LoraLayer
+
+    targets = ["attn2.to_k", "attn1.to_q", "resnets.0.conv1"] if part == "unet" else ["q_proj", "fc1"]
+    options: dict[str, object] = {"r": 2, "lora_alpha": 3, "target_modules": targets, "use_dora": True}
+    model = _peft_of(tiny_bases["sd1"], options, part)
+    torch.manual_seed(0)
+    layers = {p: m for p, m in model.base_model.model.named_modules() if isinstance(m, LoraLayer)}
+    tensors: dict[str, torch.Tensor] = {}
+    wanted: dict[str, torch.Tensor] = {}
+    for path, layer in layers.items():
+        frozen = layer.get_base_layer().weight.detach().clone()
+        magnitude = layer.lora_magnitude_vector["default"].weight  # type: ignore[index]
+        magnitude.data.mul_(1 + 0.3 * torch.rand(magnitude.shape))
+        name = keys.kohya(f"{part}.{path}", False)
+        tensors[f"{name}.lora_down.weight"] = layer.lora_A["default"].weight.detach().clone()  # type: ignore[index]
+        tensors[f"{name}.lora_up.weight"] = layer.lora_B["default"].weight.detach().clone()  # type: ignore[index]
+        tensors[f"{name}.alpha"] = torch.tensor(3.0)
+        tensors[f"{name}.dora_scale"] = magnitude.detach().clone().reshape(-1, *[1] * (frozen.ndim - 1))
+        layer.merge()  # type: ignore[operator]
+        wanted[f"{part}.{path}"] = (layer.get_base_layer().weight.detach() - frozen).flatten(1)
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    base = load_base(tiny_bases["sd1"])
+    found = read_adapter(tmp_path / "theirs.safetensors", base)
+    assert set(found.dora) == set(found.layers()) == set(wanted) and len(wanted) >= 4
+    for name, delta in wanted.items():
+        torch.testing.assert_close(found.delta(name), delta, atol=1e-6, rtol=1e-5)
+    assert inspect_file(tmp_path / "theirs.safetensors")["format"] == "kohya LoRA with DoRA"
+    with pytest.raises(VerificationError, match="without its magnitudes of DoRA"):
+        verify(exported_of([tmp_path / "theirs.safetensors"]), base)
+
+
+def test_dora_of_lycoris_may_have_one_number_per_input(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    """Columns of the merged weight then have the lengths that the file says, with all taps of a convolution."""
+    base = load_base(tiny_bases["sd1"])
+    layers = {
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k": (64, 32),
+        "unet.mid_block.resnets.0.conv1": (64, 64, 3, 3),
+    }
+    tensors: dict[str, torch.Tensor] = {}
+    lengths: dict[str, torch.Tensor] = {}
+    torch.manual_seed(0)
+    for layer, (out, inputs, *taps) in layers.items():
+        name = keys.kohya(layer, False)
+        lengths[layer] = 1 + torch.rand(inputs)
+        tensors[f"{name}.lora_down.weight"] = torch.randn(2, inputs, *taps)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(out, 2, *[1 for _ in taps])
+        tensors[f"{name}.dora_scale"] = lengths[layer].reshape(1, inputs, *[1 for _ in taps])
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    found = read_adapter(tmp_path / "theirs.safetensors", base)
+    assert not found.dora and set(found.layers()) == set(layers)
+    for layer, shape in layers.items():
+        frozen = base.unet.get_parameter(layer.removeprefix("unet.") + ".weight").detach()
+        merged = (frozen.flatten(1) + found.delta(layer)).reshape(shape)
+        columns = merged.transpose(0, 1).flatten(1).norm(dim=1)
+        torch.testing.assert_close(columns, lengths[layer], rtol=1e-4, atol=1e-5)
+
+
 def test_embeddings_are_named_by_their_file(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     base = load_base(tiny_bases["sd1"])
     rows = torch.randn(2, 32)
@@ -159,7 +219,7 @@ def test_what_cannot_be_read_is_refused_with_its_kind(
     name = next(iter(tensors)).partition(".")[0]
     file = tmp_path / "theirs.safetensors"
     for change, message in (
-        ({f"{name}.dora_scale": torch.ones(3)}, "DoRA files are not read"),
+        ({f"{name}.dora_scale": torch.ones(3)}, "magnitude of .* is not one number per output"),
         ({f"{name}.hada_w1_a": torch.ones(3, 3)}, "LoHa files are not read"),
         ({f"{name}.lora_down.weight": torch.ones(2, 7)}, "the base has"),
         ({f"{name}.lora_up.weight": torch.ones(32, 5)}, "factors of ranks 2 and 5"),
