@@ -1,7 +1,8 @@
-"""Lists of a later configuration replace those of an earlier one whole.
+"""Lists of a later configuration, and optimizers of another class, replace those of an earlier one whole.
 
 The parser merges mappings key by key, and so it does with the entries of two lists of the same length: a concept would
-take the `class_noun` of the concept that stood at its place before. Emptying a list before it is given again ends that.
+take the `class_noun` of the concept that stood at its place before; and Adam, given with a learning rate alone, the
+`weight_decay` of the AdamW before it. Emptying a key before it is given again ends that.
 """
 
 from __future__ import annotations
@@ -13,19 +14,30 @@ from typing import Any
 import yaml
 
 CONFIG = ("-c", "--config")
+CLASSES = (".optimizer", ".lr_scheduler")
+"""Keys whose options are those of the class that they name."""
 
 
 def replace_lists(arguments: Sequence[str]) -> list[str]:
     """Insert `--KEY=[]` before each argument or `-c` file that gives a list of mappings which an earlier one gave.
+
+    And `--KEY=null` before one that gives an optimizer of another class than an earlier one.
 
     Args:
         arguments: Of the command line, with readable YAML files behind -c. `--KEY+` still appends.
     """
     out: list[str] = []
     given: set[str] = set()
+    classes: dict[str, str] = {}
     for flag, value, tokens in _options(arguments):
         prefix, text = ("", Path(value).read_text(encoding="utf-8")) if flag in CONFIG else (flag.lstrip("-"), value)
-        for key in _lists_of_mappings(_loaded(text), prefix):
+        loaded = _loaded(text)
+        for key, name in _classes(loaded, prefix):
+            place = key.replace(".init_args", "")
+            if classes.get(place, name) != name:
+                out.append(f"--{key}=null")
+            classes[place] = name
+        for key in _lists_of_mappings(loaded, prefix):
             name = key.replace(".init_args", "")
             if name in given:
                 out.append(f"--{key}=[]")
@@ -62,3 +74,15 @@ def _lists_of_mappings(value: Any, key: str) -> Iterator[str]:
             yield from _lists_of_mappings(inner, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list) and key and not key.endswith("+") and any(isinstance(item, dict) for item in value):
         yield key
+
+
+def _classes(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Keys of optimizers in a configuration with their class's name, which stands alone or as `class_path`."""
+    if isinstance(value, dict) and not key.endswith(CLASSES):
+        for name, inner in value.items():
+            yield from _classes(inner, f"{key}.{name}" if key else str(name))
+        return
+    named = value.get("class_path") if isinstance(value, dict) else value
+    key = key.removesuffix(".class_path")
+    if key.endswith(CLASSES) and isinstance(named, str):
+        yield key, named.rpartition(".")[2]

@@ -27,7 +27,7 @@ class Denoising(Objective):
     Args:
         base: Diffusers directory, single-file checkpoint, or "tinyworld".
         adapters: What trains. Each has its own parameter group, with its own learning rate if it names one.
-        optimizer: Takes parameter groups.
+        optimizer: Takes parameter groups; None is AdamW.
         lr_scheduler: Takes the optimizer; steps every optimizer step.
         snr_gamma: γ of min-SNR weighting (Hang et al., 2023); None is off.
         noise_offset: k of ε + k·n with one n per sample and channel.
@@ -48,7 +48,7 @@ class Denoising(Objective):
         self,
         base: str,
         adapters: list[Adapter],
-        optimizer: OptimizerFactory = torch.optim.AdamW,
+        optimizer: OptimizerFactory | None = None,
         lr_scheduler: SchedulerFactory | None = None,
         snr_gamma: float | None = None,
         noise_offset: float = 0.0,
@@ -63,6 +63,7 @@ class Denoising(Objective):
     ):
         base_options: dict[str, Any] = {"dtype": dtype, "vae_dtype": vae_dtype, "config": base_config}
         base_options["zero_terminal_snr"] = zero_terminal_snr
+        optimizer = optimizer or torch.optim.AdamW
         super().__init__(base, adapters, optimizer, lr_scheduler, seed, base_options, gradient_checkpointing)
         self.snr_gamma = snr_gamma
         self.noise_offset = noise_offset

@@ -91,10 +91,11 @@ def claims(cells: Cells, kind: str) -> str:
 def page(cells: Cells) -> str:
     return f"""## Two subjects in one scene
 
-Two concepts of Custom Diffusion, each by its token, beside or above each other ("a <new1> circle to the left of a
-<new2> heart on a red background"); each half of a picture is judged by itself. *both subjects*: the reader finds every
-attribute of both. The base draws pairs where they are asked for, but their shapes only one time in four (see its card),
-so that *colours* decide: the subject's colour is among its half's, counted in pixels; *both colours*: in both halves.
+Two concepts of Custom Diffusion, small shapes in held-out colours, each by its token, beside or above each other ("a
+<new1> circle to the left of a <new2> heart on a red background"); each half of a picture is judged by itself. *both
+subjects*: the reader finds every attribute of both. The base draws pairs where they are asked for, but their shapes
+only one time in four (see its card), so that *colours* decide: the subject's colour is among its half's, counted in
+pixels; *both colours*: in both halves.
 *each by itself*: the combined adapter asked for one of them. *joint*: trained together, twice the steps;
 *sequential*: the second after the first, on the first's weights; *closed form*: `litp merge closed-form`;
 *addition*: both adapters at once.

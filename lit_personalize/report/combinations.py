@@ -39,8 +39,8 @@ from lit_personalize.tinyworld.suite import prompts_of, shares
 TWO_SUBJECTS, SUBJECT_IN_STYLE = "two subjects", "subject in style"
 COMBINATIONS: dict[str, tuple[str, ...]] = {
     TWO_SUBJECTS: (
-        "lime-zigzag-circle + olive-zigzag-heart", "navy-halved-oval + maroon-framed-hexagon",
-        "lime-zigzag-circle + maroon-framed-hexagon",
+        "small-lime-circle + small-maroon-hexagon", "small-navy-oval + small-olive-heart",
+        "small-lime-circle + small-olive-heart",
     ),
     SUBJECT_IN_STYLE: ("critter-03 + negative", "critter-11 + blueprint", "olive-zigzag-heart + posterized"),
 }  # fmt: skip

@@ -87,7 +87,19 @@ def _critter_subjects(count: int = 24) -> list[Subject]:
     return found
 
 
-HELD_OUT_CONCEPTS: dict[str, Subject] = {s.name: s for s in (*_object_subjects(), *_critter_subjects())}
+def _small_subjects() -> list[Subject]:
+    """Plain shapes in a held-out colour, small enough for two in a picture."""
+    looks = zip(("circle", "oval", "hexagon", "heart"), ("lime", "navy", "maroon", "olive"), strict=True)
+    return [
+        Subject(f"small-{color}-{shape}", shape, {"shape": shape, "color": color, "texture": "flat"},
+                "white" if "white" in contrasting(color) else "black", radius=(0.17, 0.26))
+        for shape, color in looks
+    ]  # fmt: skip
+
+
+HELD_OUT_CONCEPTS: dict[str, Subject] = {
+    s.name: s for s in (*_object_subjects(), *_critter_subjects(), *_small_subjects())
+}
 QUICKSTART_SUBJECT = HELD_OUT_CONCEPTS["critter-03"]
 SUBJECTS_FOR_SCIENCE: tuple[str, ...] = (
     "lime-zigzag-circle", "navy-halved-oval", "maroon-framed-hexagon", "olive-zigzag-heart", "critter-03",

@@ -79,6 +79,32 @@ def test_options_win_over_files_wherever_they_stand(first: str) -> None:
     assert [c.path for c in config.data.init_args.concepts] == ["pots"]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "given", "name", "decay"),
+    [
+        ("ziplora/tinyworld", [], "Adam", 0.0),
+        ("cones/tinyworld", [], "SGD", 0.0),
+        ("lora/tinyworld", [], "AdamW", 0.0001),
+        ("lora/tinyworld", ["--model.init_args.optimizer", "{class_path: torch.optim.Adam, init_args: {lr: 1.0}}"],
+         "Adam", 0.0),
+        ("lora/tinyworld", ["--model.init_args.optimizer=torch.optim.SGD"], "SGD", 0.0),
+        ("lora/tinyworld", ["--model.optimizer.class_path", "torch.optim.SGD", "--model.optimizer.init_args.lr", "1.0"],
+         "SGD", 0.0),
+        ("lora/tinyworld", ["--model.init_args.optimizer.init_args.lr", "1.0"], "AdamW", 0.0001),
+        ("lora/tinyworld", ["--model.optimizer", "{class_path: torch.optim.AdamW, init_args: {lr: 1.0}}"],
+         "AdamW", 0.0001),
+    ],
+)  # fmt: skip
+def test_an_optimizer_has_no_options_of_another_class(
+    recipe: str, given: list[str], name: str, decay: float, first: str
+) -> None:
+    """Adam would take AdamW's default decay, and every merger of ZipLoRA would sink to nothing."""
+    _, config = parse(["-c", recipe, "-c", first, *given])
+    optimizer = config.model.init_args.optimizer
+    assert optimizer.class_path == f"torch.optim.{name}" and optimizer.init_args.weight_decay == decay
+    assert not given or name == "SGD" and len(given) == 1 or optimizer.init_args.lr == 1.0
+
+
 @pytest.mark.parametrize("where", ["file", "command line"])
 def test_a_scheduler_of_the_learning_rate_is_named_like_an_optimizer(where: str, first: str, tmp_path: Path) -> None:
     cosine = "{class_path: torch.optim.lr_scheduler.CosineAnnealingLR, init_args: {T_max: 300}}"

@@ -12,8 +12,8 @@ from lit_personalize.tinyworld.pair_scenes import asked_pairs, half, pair_prompt
 from lit_personalize.tinyworld.reader import Reader
 from lit_personalize.tinyworld.render import render
 
-FIRST, SECOND = HELD_OUT_CONCEPTS["lime-zigzag-circle"], HELD_OUT_CONCEPTS["navy-halved-oval"]
-OTHER = HELD_OUT_CONCEPTS["maroon-framed-hexagon"]
+FIRST, SECOND = HELD_OUT_CONCEPTS["small-lime-circle"], HELD_OUT_CONCEPTS["small-navy-oval"]
+OTHER = HELD_OUT_CONCEPTS["small-maroon-hexagon"]
 ASKED = asked_pairs(FIRST, SECOND)
 
 
@@ -38,7 +38,7 @@ def test_both_are_found_where_they_are_drawn_in_either_order() -> None:
 def test_one_of_two_is_half() -> None:
     found = pair_shares(drawn(other=True), FIRST, SECOND, ASKED, reader())
     assert found["one colour"] == 1 and found["both colours"] == found["both subjects"] == 0
-    assert 0.4 < found["attributes"] < 0.65
+    assert 0.5 < found["attributes"] < 0.75
 
 
 def test_colours_that_share_a_half_are_not_both_found() -> None:
