@@ -24,6 +24,7 @@ from lit_personalize.adapters.concept_neurons import ConceptNeurons
 from lit_personalize.adapters.full_weights import FullWeights
 from lit_personalize.adapters.key_value_delta import KeyValueDelta
 from lit_personalize.adapters.lora import LoRA
+from lit_personalize.adapters.neuron_values import NeuronValues
 from lit_personalize.adapters.oft import OFT
 from lit_personalize.adapters.token_embedding import TokenEmbedding
 from lit_personalize.adapters.ziplora import ZipLoRA
@@ -44,6 +45,7 @@ ADAPTERS: list[type] = [
     FullWeights,
     KeyValueDelta,
     LoRA,
+    NeuronValues,
     OFT,
     TokenEmbedding,
     ZipLoRA,

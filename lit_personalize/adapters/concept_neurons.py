@@ -56,12 +56,17 @@ def select_neurons(
     return {layer: indices for layer, indices in found.items() if len(indices)}
 
 
-def shut_change(weight: Tensor, indices: Tensor) -> Tensor:
-    """ΔW `[out, in]` in fp32 that makes the weights at flat `indices` zero."""
-    change = torch.zeros(weight.numel(), device=weight.device)
+def placed(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    """`values` `[n]` at flat `indices` `[n]` of a weight, zeros elsewhere; in fp32, with a gradient to the values."""
+    flat = torch.zeros(weight.numel(), device=weight.device)
     index = indices.to(weight.device, torch.int64)
-    change[index] = -weight.flatten()[index].float()
-    return change.reshape(weight.shape)
+    return flat.index_put((index,), values.to(weight.device).float()).reshape(weight.shape)
+
+
+def shut_change(weight: Tensor, indices: Tensor, values: Tensor | None = None) -> Tensor:
+    """ΔW in fp32 that makes the weights at flat `indices` zero, or the `values` `[n]`."""
+    change = -weight.flatten()[indices.to(weight.device, torch.int64)].float()
+    return placed(change if values is None else values.to(weight.device) + change, indices, weight)
 
 
 class ConceptNeurons(EffectiveWeights):

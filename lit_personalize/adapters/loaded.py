@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lit_personalize.adapters.concept_neurons import placed
 from lit_personalize.adapters.protocol import Adapter, AdapterWeights
 from lit_personalize.adapters.shadow import WeightShadow, all_parameters, matrix_shape, weight_layers
 from lit_personalize.backbones.base import Base
@@ -106,6 +107,9 @@ class LoadedAdapter(Adapter):
         strength = self.scale * self.strengths.get(layer, 1.0)
         if layer in self.weights.neurons:  # a weight that two adapters shut off is zero, not subtracted twice
             shadow.shut(self.name, self.weights.neurons[layer], strength)
+            if layer in self.weights.values:
+                values = strength * self.weights.values[layer]
+                shadow.set(self.name, placed(values, self.weights.neurons[layer], shadow.frozen))
         else:
             delta = strength * self.delta(layer).to(shadow.frozen.device)
             shadow.set(self.name, delta.reshape(shadow.frozen.shape))

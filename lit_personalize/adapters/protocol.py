@@ -78,6 +78,8 @@ class AdapterWeights:
     """Of layers in `dense`, the same change as OFT's blocks `[r, b(b-1)/2]`, for clients that rotate."""
     neurons: dict[str, Tensor] = field(default_factory=dict)
     """Of layers in `dense`, the same change as sorted flat int32 indices of weights that are zero."""
+    values: dict[str, Tensor] = field(default_factory=dict)
+    """Of layers in `neurons`, what these weights are instead of zero, `[n]` in the order of the indices."""
     tokens: dict[str, list[Tensor]] = field(default_factory=dict)
     """Token name -> one `[n, d]` per text encoder."""
     dora: dict[str, Dora] = field(default_factory=dict)
@@ -99,9 +101,9 @@ class AdapterWeights:
         return {layer: self.delta(layer) for layer in self.layers()}
 
     def merge(self, other: AdapterWeights) -> AdapterWeights:
-        """Both sets together; a layer or token in both is an error, but for neurons, which unite."""
+        """Both sets together; a layer or token in both is an error, but for neurons without values, which unite."""
         merged = AdapterWeights()
-        united = set(self.neurons) & set(other.neurons)
+        united = (set(self.neurons) & set(other.neurons)) - set(self.values) - set(other.values)
         for kind in (f.name for f in fields(self)):
             own, others = getattr(self, kind), getattr(other, kind)
             if both := (set(own) & set(others)) - (united if kind in ("dense", "neurons") else set()):

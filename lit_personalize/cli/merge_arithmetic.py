@@ -114,6 +114,7 @@ def show(report: Any, as_json: bool) -> None:
         return
     for number, adapter in enumerate(report.adapters, 1):
         left = f", {adapter['left']:.1%} of its energy left" if "left" in adapter else ""
+        left += f", {adapter['neurons']} neurons" if "neurons" in adapter else ""
         print(f"{number}  {adapter['name']} @ {adapter['strength']:g}, {adapter['layers']} layers{left}")
     ranks = ", ".join(f"{count} of rank {rank}" for rank, count in report.ranks.items())
     print(f"{report.mode}: {report.layers} layers{f' ({ranks})' if ranks else ''}, tokens {report.tokens or 'none'}")

@@ -32,11 +32,10 @@ def main(arguments: list[str]) -> int:
     configure_logging()
     from lit_personalize.backbones.loading import load_base
     from lit_personalize.devices import device_of
-    from lit_personalize.export.loading import read_adapter
+    from lit_personalize.export.loading import exports_of, read_adapter
     from lit_personalize.merging.arithmetic import Energy
     from lit_personalize.merging.closed_form import Concept, merge_concepts
     from lit_personalize.merging.writing import MergeReport, check_output, write_merged
-    from lit_personalize.sampling.cells import exports_of
 
     places = [exports_of(Path(place)) for place, _ in options.concept]
     check_output(options.output, places, options.formats)

@@ -27,12 +27,11 @@ def main(arguments: list[str]) -> int:
     configure_logging()
     from lit_personalize.backbones.loading import load_base
     from lit_personalize.devices import device_of
-    from lit_personalize.export.loading import read_adapter
+    from lit_personalize.export.loading import exports_of, read_adapter
     from lit_personalize.merging.arithmetic import Energy
     from lit_personalize.merging.interpolation import interpolate
     from lit_personalize.merging.sources import matrices_only
     from lit_personalize.merging.writing import MergeReport, check_output, write_merged
-    from lit_personalize.sampling.cells import exports_of
 
     places = [exports_of(Path(given)) for given in options.adapters]
     check_output(options.output, places, options.formats)

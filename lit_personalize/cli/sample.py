@@ -86,8 +86,8 @@ def main(arguments: list[str]) -> int:
 
 def _k_lora(places: list[str], force: bool) -> Source:
     from lit_personalize.adapters.klora import KLoRA
-    from lit_personalize.export.loading import read_adapter
-    from lit_personalize.sampling.cells import Source, exports_of
+    from lit_personalize.export.loading import exports_of, read_adapter
+    from lit_personalize.sampling.cells import Source
 
     def attach(base: Base) -> KLoRA:
         content, style = (read_adapter(exports_of(Path(place)), base, force) for place in places)

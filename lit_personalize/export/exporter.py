@@ -16,6 +16,7 @@ from lit_personalize.backbones.token_rows import pieces_of
 from lit_personalize.errors import UsageError
 from lit_personalize.export import files, keys
 from lit_personalize.export.factorize import factorize
+from lit_personalize.export.neurons import share_of, sparse_neurons
 from lit_personalize.export.rotations import write_oft
 
 log = logging.getLogger(__name__)
@@ -61,9 +62,9 @@ def export(
     Args:
         formats: "diffusers", "kohya" and "peft" write LoRA files (dense changes factored within `max_error`), but
             "peft" writes DoRA's factors and magnitudes, and rotations as a folder of PEFT's OFT, as they are; "delta"
-            the exact dense changes; "neurons" the indices of concept neurons; "pipeline" a merged pipeline. Learned
-            embeddings are always written; for two text encoders one file with both, and with "diffusers" also one
-            file each.
+            the exact dense changes; "neurons" the indices of concept neurons, with their values if trained;
+            "pipeline" a merged pipeline. Learned embeddings are always written; for two text encoders one file with
+            both, and with "diffusers" also one file each.
         details: Stored in every file's metadata (recipe, steps, run).
         max_error: Largest relative Frobenius error of a factored layer; 0 keeps every singular value.
         max_rank: Bound on the rank of a factored layer, which goes before `max_error`; the error is declared.
@@ -110,8 +111,8 @@ def export(
         path = folder / f"{file_stem(name)}.neurons.safetensors"
         described = describe(weights, base, name, "neurons", details)
         shapes = {keys.portable(layer): list(weights.dense[layer].shape) for layer in weights.neurons}
-        described["litp.neurons"] = json.dumps({"shapes": shapes, "share": _share(weights)}, sort_keys=True)
-        tensors = files.sparse_neurons(weights.neurons)
+        described["litp.neurons"] = json.dumps({"shapes": shapes, "share": share_of(weights)}, sort_keys=True)
+        tensors = sparse_neurons(weights)
         written.append(Exported(files.write_safetensors(path, tensors, described), "neurons"))
     if "pipeline" in formats:
         from lit_personalize.export.pipeline import write_pipeline
@@ -243,11 +244,6 @@ def _write_embeddings(
             files.write_safetensors(path, {token: own}, {**described, "litp.encoder": str(i)})
             written.append(Exported(path, "embedding", token=token, encoder=i))
     return written
-
-
-def _share(weights: AdapterWeights) -> float:
-    """Neurons as a share of the weights of the layers that have any."""
-    return sum(map(len, weights.neurons.values())) / sum(weights.dense[layer].numel() for layer in weights.neurons)
 
 
 def _left_out(weights: AdapterWeights) -> str:

@@ -13,7 +13,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lit_personalize.adapters.concept_neurons import shut_change
 from lit_personalize.adapters.loaded import LoadedAdapter
 from lit_personalize.adapters.protocol import AdapterWeights, Dora, LowRank
 from lit_personalize.adapters.shadow import all_parameters, matrix_shape, weight_layers
@@ -21,7 +20,8 @@ from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.loading import PICKLES
 from lit_personalize.errors import DataError
 from lit_personalize.export import keys, rotations
-from lit_personalize.export.files import FORMAT_VERSION, INDEX
+from lit_personalize.export.files import FORMAT_VERSION
+from lit_personalize.export.neurons import INDEX, VALUE, parse_neurons
 
 log = logging.getLogger(__name__)
 LORA_FILES = (
@@ -115,6 +115,11 @@ def warn_of_loss(metadata: Mapping[str, str], path: Path) -> None:
         log.warning("%s holds its layers with a relative error of up to %.2f; name another file for more", path, error)
 
 
+def exports_of(place: Path) -> Path:
+    """A run's exports, or the file or folder itself."""
+    return place / "exports" if (place / "exports").is_dir() else place
+
+
 def _step_of(metadata: Mapping[str, str]) -> str:
     """The training step at which a file was exported, or nothing."""
     try:
@@ -181,15 +186,15 @@ def parse(tensors: dict[str, Tensor], metadata: dict[str, str], base: Base, path
     stages = base.unet.config.layers_per_block
     style = "kohya" if any(k.startswith("lora_") for k in tensors) else "portable"
     known = keys.index_by(shapes, len(parts) == 3, style, stages if isinstance(stages, int) else None)
+    own = {layer: cast(Tensor, module._parameters["weight"]) for layer, module in layers.items()}
     magnitudes: dict[str, Tensor] = {}
     if any(rotations.MARK in k for k in tensors):
         component = component_of(metadata, path)
         settings = {k.partition(".")[2]: v for k, v in settings_of(metadata, path, component).items()}
         named = {_known(k.partition(rotations.MARK)[0], known, path, component): t for k, t in tensors.items()}
-        own = {layer: cast(Tensor, module._parameters["weight"]) for layer, module in layers.items()}
         weights = rotations.parse_rotations(named, settings, own, path)
-    elif all(k.endswith(INDEX) for k in tensors):
-        weights = _parse_neurons(tensors, known, layers, path)
+    elif all(k.endswith((INDEX, VALUE)) for k in tensors):
+        weights = parse_neurons(tensors, lambda name: _known(name, known, path), own, path)
     elif all(k.endswith(".delta") for k in tensors):
         weights = _parse_deltas(tensors, known, parts, path)
     else:
@@ -202,7 +207,7 @@ def parse(tensors: dict[str, Tensor], metadata: dict[str, str], base: Base, path
         if layer not in weights.low_rank or magnitude.shape != (shapes[layer][0],):
             raise DataError(f"{path}: the magnitude of {layer} has no factors, or is not one number per output")
         weights.dora[layer] = Dora(weights.low_rank.pop(layer), magnitude)
-        frozen = cast(Tensor, layers[layer]._parameters["weight"]).detach().flatten(1).float()
+        frozen = own[layer].detach().flatten(1).float()
         weights.dense[layer] = weights.dora[layer].delta(frozen.cpu())
     return weights
 
@@ -221,21 +226,6 @@ def _without_magnitudes(
         else:
             others[key] = tensor
     return others, found
-
-
-def _parse_neurons(
-    tensors: Mapping[str, Tensor], known: Mapping[str, str], layers: Mapping[str, nn.Module], path: Path
-) -> AdapterWeights:
-    """Indices of weights that are zero, and the change that they make of this base's weights."""
-    weights = AdapterWeights()
-    for key, indices in tensors.items():
-        layer = _known(key.removesuffix(INDEX), known, path)
-        weight = cast(Tensor, layers[layer]._parameters["weight"]).detach().cpu()
-        if indices.ndim != 1 or not bool((indices.diff() > 0).all()) or indices[0] < 0 or indices[-1] >= weight.numel():
-            raise DataError(f"{path}: {key} must hold ascending indices of a weight {tuple(weight.shape)}, once each")
-        weights.neurons[layer] = indices
-        weights.dense[layer] = shut_change(weight, indices).flatten(1)
-    return weights
 
 
 def _parse_deltas(
@@ -261,7 +251,7 @@ def _parse_deltas(
 
 def _is_one_embedding(tensors: Mapping[str, Tensor]) -> bool:
     (name, tensor), *more = tensors.items()
-    return not more and tensor.ndim <= 2 and "lora" not in name and not name.endswith(".delta")
+    return not more and tensor.ndim <= 2 and "lora" not in name and not name.endswith((".delta", INDEX, VALUE))
 
 
 def _parse_embedding(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> dict[str, list[Tensor]]:
