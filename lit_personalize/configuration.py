@@ -26,6 +26,7 @@ from lit_personalize.adapters.key_value_delta import KeyValueDelta
 from lit_personalize.adapters.lora import LoRA
 from lit_personalize.adapters.neuron_values import NeuronValues
 from lit_personalize.adapters.oft import OFT
+from lit_personalize.adapters.oft_magnitudes import OFTMagnitudes
 from lit_personalize.adapters.token_embedding import TokenEmbedding
 from lit_personalize.adapters.ziplora import ZipLoRA
 from lit_personalize.errors import UsageError
@@ -47,6 +48,7 @@ ADAPTERS: list[type] = [
     LoRA,
     NeuronValues,
     OFT,
+    OFTMagnitudes,
     TokenEmbedding,
     ZipLoRA,
 ]

@@ -59,6 +59,7 @@ def fit(arguments: Sequence[str]) -> RunDirectory:
             log.info("run %s has finished its %d steps; its exports are in %s", run.name, step, run.exports)
             return run
         built = instantiate(parser, config)
+        preflight.refuse_formats(built.model.trained, config.export.formats)
         name_initial_words(built)
         finished = train(built, run, resolved)
         if is_rank_zero():
@@ -296,6 +297,7 @@ def export_run(built: Namespace, run: RunDirectory, device: torch.device | None 
     if found is None:
         raise UsageError(f"{run.path} has no complete checkpoint to export")
     objective: Denoising = built.model
+    preflight.refuse_formats(objective.trained, built.export.formats)
     objective.configure_model()
     weights = weights_of(objective, checkpoints.load_state(found.path, averaged=built.ema is not None))
     details = {"objective": type(objective).__name__, "steps": found.step, "run": run.name}

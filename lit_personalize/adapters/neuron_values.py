@@ -62,26 +62,26 @@ class NeuronValues(EffectiveWeights):
         self._given = read_neurons(Path(self.neurons), base)
         parts = base.components().items()
         known = {f"{component}.{path}": m for component, part in parts for path, m in weight_layers(part).items()}
-        return {layer: (known[layer], "weight") for layer in self._given.neurons}
+        return {layer: (module, "weight") for layer, module in known.items() if layer in self._given.neurons}
 
     def start(self, name: str) -> Tensor:
         return self._given.values.get(name, torch.zeros(len(self._given.neurons[name])))
 
     def changes(self) -> Iterator[tuple[str, Tensor]]:
         """What stands in place of the weights that are shut off."""
-        for layer, indices in self._given.neurons.items():
-            yield layer, placed(self.factor(layer), indices, self.frozen(layer))
+        for layer in self._shadows:
+            yield layer, placed(self.factor(layer), self._given.neurons[layer], self.frozen(layer))
 
     def refresh(self, dtype: torch.dtype) -> None:
-        for layer, indices in self._given.neurons.items():
-            self._shadows[layer].shut(self.name, indices if self.active else None)
+        for layer, shadow in self._shadows.items():
+            shadow.shut(self.name, self._given.neurons[layer] if self.active else None)
         super().refresh(dtype)
 
     def delta(self, layer: str) -> Tensor:
         return shut_change(self.frozen(layer), self._given.neurons[layer], self.factor(layer))
 
     def export_weights(self) -> AdapterWeights:
-        values = {layer: self.factor(layer).detach().float().cpu().clone() for layer in self._given.neurons}
+        values = {layer: self.factor(layer).detach().float().cpu().clone() for layer in self._shadows}
         frozen = {layer: self.frozen(layer).detach().cpu() for layer in values}
         dense = {layer: shut_change(frozen[layer], self._given.neurons[layer], own) for layer, own in values.items()}
         return AdapterWeights(dense=dense, neurons=dict(self._given.neurons), values=values)

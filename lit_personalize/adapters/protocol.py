@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +126,9 @@ class Adapter(nn.Module, ABC):
         span: From where to where in the training the factors move: shares of it, or, above 1, optimizer steps.
             Before and after, nothing moves them: no gradient, no moment of the optimizer, no weight decay.
     """
+
+    cannot_export: ClassVar[Mapping[str, str]] = {}
+    """Export formats that would lose what this adapter learns: format -> why, and what to take instead."""
 
     def __init__(
         self, name: str, lr: float | None = None, weight_decay: float | None = None, span: tuple[float, float] = (0, 1)
