@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lit_personalize.cli.console import configure_logging
+from lit_personalize.cli.console import base_of, configure_logging
 from lit_personalize.cli.merge_arithmetic import add_output, show
 
 
@@ -20,15 +20,13 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     configure_logging()
     from lit_personalize.adapters.neuron_values import read_neurons
-    from lit_personalize.backbones.loading import load_base
-    from lit_personalize.devices import device_of
     from lit_personalize.export.loading import exports_of
     from lit_personalize.merging.arithmetic import Energy
     from lit_personalize.merging.neurons import unite
     from lit_personalize.merging.writing import MergeReport, check_output, write_merged
 
     check_output(given.output, [exports_of(place) for place in given.adapters], given.formats)
-    base = load_base(given.base, config=given.base_config, device=device_of(given.device))
+    base = base_of(given)
     names = [str(place) for place in given.adapters]
     read = [read_neurons(place, base, given.force) for place in given.adapters]
     found = unite(read, names)
