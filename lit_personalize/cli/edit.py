@@ -35,6 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--self-share", type=float, default=0.4, help="of steps with the source's self-attention")
     parser.add_argument("--self-side", type=int, default=None,
                         help="largest self-attention maps taken over; a quarter of the latent's side")  # fmt: skip
+    parser.add_argument("--blend", default="", metavar="WORD[,WORD]",
+                        help="change the picture only where these words of source or edit act")  # fmt: skip
     parser.add_argument("--heat-maps", type=int, nargs="?", const=0, default=None, metavar="SIDE",
                         help="also draw where each word acts, by layers of SIDE cells or by all")  # fmt: skip
     parser.add_argument("--inversion", choices=("null-text", "ddim"), default=None,
@@ -158,7 +160,10 @@ def main(arguments: list[str]) -> int:
         raise UsageError("--inversion and --refinements say how a photo becomes noise; name one with --photo")
     weights = weights_of(options.weigh)
     edits = options.edits or ([options.source] if weights else [])
-    how = EditOptions(options.kind, options.cross_share, options.self_share, options.self_side, weights)
+    blend = [word for word in options.blend.split(",") if word]
+    if blend and not edits:
+        raise UsageError("--blend says where an edit may change the picture; name an edit, or --weigh a word")
+    how = EditOptions(options.kind, options.cross_share, options.self_share, options.self_side, weights, blend)
     sampling = SamplingOptions(options.steps, options.guidance, options.negative)
     photo = read_image(options.photo).pixels if options.photo else None
     base = base_of(options)
