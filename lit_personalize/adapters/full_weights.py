@@ -40,7 +40,7 @@ class FullWeights(EffectiveWeights):
         self._layers: list[str] = []
 
     def choose(self, base: Base) -> dict[str, tuple[nn.Module, str]]:
-        chosen = {}
+        chosen: dict[str, tuple[nn.Module, str]] = {}
         for component, module in base.components().items():
             if component != "unet" and not (self.text_encoder and component.startswith("text_encoder")):
                 continue
