@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lit_personalize.adapters.concept_neurons import placed, shut_change
 from lit_personalize.adapters.effective_weights import EffectiveWeights
 from lit_personalize.adapters.protocol import AdapterWeights
-from lit_personalize.adapters.shadow import weight_layers
+from lit_personalize.adapters.shadow import layers_of
 from lit_personalize.backbones.base import Base
 from lit_personalize.errors import DataError, UsageError
 
@@ -60,8 +60,7 @@ class NeuronValues(EffectiveWeights):
 
     def choose(self, base: Base) -> dict[str, tuple[nn.Module, str]]:
         self._given = read_neurons(Path(self.neurons), base)
-        parts = base.components().items()
-        known = {f"{component}.{path}": m for component, part in parts for path, m in weight_layers(part).items()}
+        known = layers_of(base.components())
         return {layer: (module, "weight") for layer, module in known.items() if layer in self._given.neurons}
 
     def start(self, name: str) -> Tensor:

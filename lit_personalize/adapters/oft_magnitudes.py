@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lit_personalize.adapters.effective_weights import EffectiveWeights
 from lit_personalize.adapters.loaded import LoadedAdapter
 from lit_personalize.adapters.protocol import AdapterWeights
-from lit_personalize.adapters.shadow import weight_layers
+from lit_personalize.adapters.shadow import layers_of
 from lit_personalize.backbones.base import Base
 from lit_personalize.errors import UsageError
 
@@ -52,8 +52,7 @@ class OFTMagnitudes(EffectiveWeights):
             raise UsageError(
                 f"{self.rotations} holds no rotations of OFT; name its PEFT folder, runs/NAME/exports/peft_oft/unet"
             )
-        parts = base.components().items()
-        known = {f"{component}.{path}": m for component, part in parts for path, m in weight_layers(part).items()}
+        known = layers_of(base.components())
         return {layer: (module, "weight") for layer, module in known.items() if layer in self._given.rotations}
 
     def attach(self, base: Base, seed: int = 0) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lit_personalize.adapters.protocol import AdapterWeights, LowRank
-from lit_personalize.adapters.shadow import weight_layers
+from lit_personalize.adapters.shadow import layers_of
 from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.token_rows import pieces_of
 from lit_personalize.errors import UsageError
@@ -269,7 +269,7 @@ def _all_low_rank(
     Where a layer has both, ranks are concatenated.
     """
     low_rank, errors = dict(weights.low_rank), {}
-    layers = {f"{c}.{p}": m for c, module in base.components().items() for p, m in weight_layers(module).items()}
+    layers = layers_of(base.components())
     for layer, delta in weights.dense.items():
         if layer in exact:
             continue

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lit_personalize.adapters.loaded import LoadedAdapter
 from lit_personalize.adapters.protocol import AdapterWeights, Dora, LowRank
-from lit_personalize.adapters.shadow import all_parameters, matrix_shape, weight_layers
+from lit_personalize.adapters.shadow import all_parameters, layers_of, matrix_shape
 from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.loading import PICKLES
 from lit_personalize.errors import DataError
@@ -181,7 +181,7 @@ def parse(tensors: dict[str, Tensor], metadata: dict[str, str], base: Base, path
     if set(tensors) <= {"clip_l", "clip_g"} or "litp.token" in metadata or _is_one_embedding(tensors):
         return AdapterWeights(tokens=_parse_embedding(tensors, metadata, path))
     parts = {c: module for c, module in base.components().items() if c != "vae"}
-    layers = {f"{c}.{p}": m for c, module in parts.items() for p, m in weight_layers(module).items()}
+    layers = layers_of(parts)
     shapes = {layer: matrix_shape(module) for layer, module in layers.items()}
     stages = base.unet.config.layers_per_block
     style = "kohya" if any(k.startswith("lora_") for k in tensors) else "portable"
