@@ -24,7 +24,9 @@ from lit_personalize.adapters.concept_neurons import ConceptNeurons
 from lit_personalize.adapters.full_weights import FullWeights
 from lit_personalize.adapters.key_value_delta import KeyValueDelta
 from lit_personalize.adapters.lora import LoRA
+from lit_personalize.adapters.neuron_values import NeuronValues
 from lit_personalize.adapters.oft import OFT
+from lit_personalize.adapters.oft_magnitudes import OFTMagnitudes
 from lit_personalize.adapters.token_embedding import TokenEmbedding
 from lit_personalize.adapters.ziplora import ZipLoRA
 from lit_personalize.errors import UsageError
@@ -33,7 +35,7 @@ from lit_personalize.list_replacement import replace_lists
 from lit_personalize.objectives.denoising import Denoising
 from lit_personalize.objectives.merged_distillation import MergedDistillation
 from lit_personalize.objectives.prior_preservation import PriorPreservation
-from lit_personalize.recipe_files import RECIPES, names
+from lit_personalize.recipe_files import RECIPES, method_of, names
 
 OBJECTIVES: list[type] = [
     Denoising,
@@ -45,7 +47,9 @@ ADAPTERS: list[type] = [
     FullWeights,
     KeyValueDelta,
     LoRA,
+    NeuronValues,
     OFT,
+    OFTMagnitudes,
     TokenEmbedding,
     ZipLoRA,
 ]
@@ -125,6 +129,7 @@ def build_parser() -> LightningArgumentParser:
     parser.add_argument("--name", type=str, required=True, help="name of the run; its directory is <root>/<name>")
     parser.add_argument("--root", type=str, default="runs", help="folder of run directories")
     parser.add_argument("--resume", type=Literal["auto", "never", "must"], default="auto", help="continue a run")
+    parser.add_argument("--recipe", type=str, default="", help="method's name on cards; default: that of -c RECIPE")
     parser.add_argument("--ema", type=float | None, default=None, help="decay of the average of the adapters")
     parser.add_class_arguments(Sampling, "sampling")
     parser.add_class_arguments(Checkpointing, "checkpoint")
@@ -160,9 +165,22 @@ def parse(arguments: Sequence[str]) -> tuple[LightningArgumentParser, Namespace]
     """
     parser = build_parser()
     try:
-        return parser, parser.parse_args(replace_lists(_with_paths(arguments)))
+        given = _with_paths(arguments)
+        config = parser.parse_args(replace_lists(given))
+        config.recipe = config.recipe or _method_of(given)
+        return parser, config
     except (ArgumentError, TypeError, ValueError) as error:
         raise UsageError(explain(str(error))) from error
+
+
+def resolved_text(parser: LightningArgumentParser, config: Namespace) -> str:
+    """The configuration as YAML that alone repeats the run.
+
+    Without `recipe`: that is a name and changes nothing, so a run stays finished whatever it is called.
+    """
+    kept = config.clone()
+    kept.pop("recipe", None)
+    return str(parser.dump(kept, skip_validation=True))
 
 
 def instantiate(parser: LightningArgumentParser, config: Namespace) -> Namespace:
@@ -200,6 +218,12 @@ def _with_paths(arguments: Sequence[str]) -> list[str]:
     return [*files, *options, *(["--config"] if expect else [])]
 
 
+def _method_of(arguments: Sequence[str]) -> str:
+    """The method of the last shipped recipe among `--config=PATH`."""
+    files = [Path(a.partition("=")[2]) for a in arguments if a.startswith("--config=")]
+    return next(filter(None, map(method_of, reversed(files))), "")
+
+
 def _readable(path: Path) -> Path:
     """The path of a file that is YAML; the parser's own message would not name it."""
     try:
@@ -216,7 +240,7 @@ def _readable(path: Path) -> Path:
 def known_keys() -> set[str]:
     """Every option name that a configuration may contain, for suggestions."""
     classes: list[Any] = [*OBJECTIVES, *ADAPTERS, pl.Trainer, Sampling, Checkpointing, Exporting, *data_classes()]
-    found = {"name", "root", "resume", "ema", "model", "data", "trainer", "sampling", "checkpoint", "export"}
+    found = {"name", "root", "resume", "recipe", "ema", "model", "data", "trainer", "sampling", "checkpoint", "export"}
     for kind in classes:
         found |= {p for p in inspect.signature(kind.__init__).parameters if p not in ("self", "args", "kwargs")}
     return found

@@ -26,7 +26,7 @@ from lit_personalize import checkpoints, preflight
 from lit_personalize.adapters.protocol import AdapterWeights
 from lit_personalize.adapters.token_embedding import CLASS
 from lit_personalize.batch import Role
-from lit_personalize.configuration import instantiate, parse
+from lit_personalize.configuration import instantiate, parse, resolved_text
 from lit_personalize.devices import device_of
 from lit_personalize.errors import UsageError
 from lit_personalize.export.card import write_card
@@ -53,12 +53,12 @@ def fit(arguments: Sequence[str]) -> RunDirectory:
     parser, config = parse(arguments)
     run = RunDirectory(config.root, config.name).create()
     with run.lock() if is_rank_zero() else nullcontext():
-        # The parser writes what it resolved, so that the file alone repeats the run.
-        resolved = parser.dump(config.clone(), skip_validation=True)
+        resolved = resolved_text(parser, config)
         if config.resume != "never" and (step := run.finished_at(resolved)) is not None:
             log.info("run %s has finished its %d steps; its exports are in %s", run.name, step, run.exports)
             return run
         built = instantiate(parser, config)
+        preflight.refuse_formats(built.model.trained, config.export.formats)
         name_initial_words(built)
         finished = train(built, run, resolved)
         if is_rank_zero():
@@ -216,7 +216,8 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> bool:
         raise UsageError(f"{run.path} already has a checkpoint of step {found.step}; use resume: auto or another name")
     if not found and built.resume == "must":
         raise UsageError(f"{run.path} has no complete checkpoint to resume from")
-    record = functools.cache(functools.partial(run.write_record, resolved) if is_rank_zero() else lambda: None)
+    write = functools.partial(run.write_record, resolved, built.recipe)
+    record = functools.cache(write if is_rank_zero() else lambda: None)
     steps = built.trainer.max_steps
     if found and 0 <= steps <= found.step:  # -1 is a run of epochs, which Lightning counts
         log.info("run %s has finished its %d steps", run.name, steps)
@@ -296,9 +297,12 @@ def export_run(built: Namespace, run: RunDirectory, device: torch.device | None 
     if found is None:
         raise UsageError(f"{run.path} has no complete checkpoint to export")
     objective: Denoising = built.model
+    preflight.refuse_formats(objective.trained, built.export.formats)
     objective.configure_model()
     weights = weights_of(objective, checkpoints.load_state(found.path, averaged=built.ema is not None))
     details = {"objective": type(objective).__name__, "steps": found.step, "run": run.name}
+    if run.recipe:
+        details["recipe"] = run.recipe
     if run.config.is_file():
         details["config_sha256"] = hashlib.sha256(run.config.read_bytes()).hexdigest()[:16]
     wanted = built.export

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
+from lit_personalize.adapters.protocol import Adapter
 from lit_personalize.adapters.token_embedding import TokenEmbedding
 from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.token_rows import pieces_of
@@ -30,6 +32,19 @@ def check(objective: Denoising, data: Any) -> None:
     tokens = [concept.token for concept in getattr(data, "concepts", ())]
     refuse_untaught_tokens(objective, captions, tokens)
     warn_of_split_tokens(objective, tokens)
+
+
+def refuse_formats(adapters: Iterable[Adapter], formats: Iterable[str]) -> None:
+    """Refuse to export in a format that would lose what an adapter learns.
+
+    Raises:
+        UsageError: There is one.
+    """
+    for adapter in adapters:
+        for name in formats:
+            if name in adapter.cannot_export:
+                why = adapter.cannot_export[name]
+                raise UsageError(f"export format {name} is not for {type(adapter).__name__}: {why}")
 
 
 def refuse_missing_prior(objective: Denoising, roles: set[int]) -> None:

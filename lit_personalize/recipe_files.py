@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from lit_personalize.errors import UsageError
@@ -32,6 +33,22 @@ def recipe_text(method: str, key: str, base: str, token: str) -> str:
     text = path.read_text(encoding="utf-8")
     text = text.replace("<new1>", token).replace("<s0><s1>", token)
     return "\n".join(f"    base: {base}" if line.startswith("    base: ") else line for line in text.splitlines())
+
+
+def method_of(path: Path) -> str:
+    """The method of a shipped recipe file; "" of any other file, and of those that only fit a method to hardware."""
+    inside = path.resolve()
+    method = inside.parent.name if inside.parent.parent == RECIPES.resolve() else ""
+    return "" if method == "hardware" else method
+
+
+def title_of(method: str) -> str:
+    """A method's name as its recipe's head writes it: "Custom Diffusion"; of an unknown method what was given."""
+    known = [name for name in names() if name.partition("/")[0] == method != "hardware"]
+    if not known:
+        return method
+    head = (RECIPES / f"{known[0]}.yaml").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+    return re.sub(r" \([^)]*\)", "", head).partition(" on ")[0]
 
 
 def names() -> list[str]:

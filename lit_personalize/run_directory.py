@@ -61,6 +61,14 @@ class RunDirectory:
         return self.path / "env.json"
 
     @property
+    def recipe(self) -> str:
+        """The recipe that the run was started from, such as "custom_diffusion"; "" where that is not known."""
+        try:
+            return str(json.loads(self.environment.read_text(encoding="utf-8")).get("recipe", ""))
+        except (FileNotFoundError, ValueError, AttributeError):
+            return ""  # a name for cards, without which they say what trained
+
+    @property
     def manifest(self) -> Path:
         """The fate of every input file."""
         return self.path / "manifest.jsonl"
@@ -119,11 +127,15 @@ class RunDirectory:
         atomic.write_text(self.path / name, text)
         return self.path / name
 
-    def write_record(self, config: str) -> None:
-        """Write how the run is made: its resolved configuration, this start's command line, the environment."""
+    def write_record(self, config: str, recipe: str = "") -> None:
+        """Write how the run is made: its resolved configuration, this start's command line, the environment.
+
+        Args:
+            recipe: What the configuration came from; without one, what an earlier start said stays.
+        """
         self.write_text(self.config.name, config)
         self.write_command()
-        self.write_env()
+        self.write_env(recipe or self.recipe)
 
     def write_command(self, arguments: list[str] | None = None) -> Path:
         """Add this start's command line, with its time, to command.txt."""
@@ -131,9 +143,10 @@ class RunDirectory:
         line = f"{shlex.join(sys.argv if arguments is None else arguments)}  # {_now()}\n"
         return self.write_text(self.command.name, before + line)
 
-    def write_env(self) -> Path:
-        """Write versions, machine, threads and the git commit of the working directory."""
-        return self.write_text(self.environment.name, json.dumps(describe_environment(), indent=1) + "\n")
+    def write_env(self, recipe: str = "") -> Path:
+        """Write versions, machine, threads and the git commit of the working directory, and a recipe if given."""
+        described = ({"recipe": recipe} if recipe else {}) | describe_environment()
+        return self.write_text(self.environment.name, json.dumps(described, indent=1) + "\n")
 
     # ---- finishing --------------------------------------------------------------------------------
 

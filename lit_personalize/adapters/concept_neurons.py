@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lit_personalize.adapters.key_value_delta import select_layers
-from lit_personalize.adapters.protocol import Adapter, AdapterWeights
-from lit_personalize.adapters.shadow import WeightShadow
+from lit_personalize.adapters.effective_weights import EffectiveWeights
+from lit_personalize.adapters.key_value_delta import cross_attention
+from lit_personalize.adapters.protocol import AdapterWeights
 from lit_personalize.backbones.base import Base
 from lit_personalize.errors import UsageError
 
@@ -56,15 +56,20 @@ def select_neurons(
     return {layer: indices for layer, indices in found.items() if len(indices)}
 
 
-def shut_change(weight: Tensor, indices: Tensor) -> Tensor:
-    """ΔW `[out, in]` in fp32 that makes the weights at flat `indices` zero."""
-    change = torch.zeros(weight.numel(), device=weight.device)
+def placed(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    """`values` `[n]` at flat `indices` `[n]` of a weight, zeros elsewhere; in fp32, with a gradient to the values."""
+    flat = torch.zeros(weight.numel(), device=weight.device)
     index = indices.to(weight.device, torch.int64)
-    change[index] = -weight.flatten()[index].float()
-    return change.reshape(weight.shape)
+    return flat.index_put((index,), values.to(weight.device).float()).reshape(weight.shape)
 
 
-class ConceptNeurons(Adapter):
+def shut_change(weight: Tensor, indices: Tensor, values: Tensor | None = None) -> Tensor:
+    """ΔW in fp32 that makes the weights at flat `indices` zero, or the `values` `[n]`."""
+    change = -weight.flatten()[indices.to(weight.device, torch.int64)].float()
+    return placed(change if values is None else values.to(weight.device) + change, indices, weight)
+
+
+class ConceptNeurons(EffectiveWeights):
     """A scale for every weight of cross-attention K and V while scores accumulate, a mask of them afterwards.
 
     Where gradients flow, layers show W0 ⊙ (1 + c); without gradients (samples, held-out loss) they show what will be
@@ -90,18 +95,9 @@ class ConceptNeurons(Adapter):
         self.share = share
         self.threshold = threshold
         self.which = which
-        self._shadows: dict[str, WeightShadow] = {}
 
-    def attach(self, base: Base, seed: int = 0) -> None:
-        if self.attached:
-            return
-        base.register(self)
-        for path, linear in select_layers(base.unet, self.which).items():
-            layer = f"unet.{path}"
-            self._shadows[layer] = WeightShadow.of(linear)
-            self.add_factor(layer, torch.zeros(self._shadows[layer].frozen.shape))
-        self.attached = True
-        self.refresh(base.dtype)
+    def choose(self, base: Base) -> dict[str, tuple[nn.Module, str]]:
+        return cross_attention(base, self.which)
 
     def neurons(self) -> dict[str, Tensor]:
         """The concept neurons by the scores so far: flat int32 indices by layer."""
@@ -115,20 +111,12 @@ class ConceptNeurons(Adapter):
             shadow.shut(self.name, neurons.get(layer))
             shadow.set(self.name, self.delta(layer) if scaled else None)
 
-    def set_active(self, active: bool) -> None:
-        if active != self.active:
-            self.active = active
-            self.refresh(torch.float32)
-
-    def layers(self) -> list[str]:
-        return list(self._shadows)
-
     def delta(self, layer: str) -> Tensor:
         """W0 ⊙ c: the change while scores accumulate."""
-        return self._shadows[layer].frozen.float() * self.factor(layer)
+        return self.frozen(layer).float() * self.factor(layer)
 
     def export_weights(self) -> AdapterWeights:
         neurons = {layer: indices.cpu() for layer, indices in self.neurons().items()}
-        frozen = {layer: self._shadows[layer].frozen.detach().cpu() for layer in neurons}
+        frozen = {layer: self.frozen(layer).detach().cpu() for layer in neurons}
         dense = {layer: shut_change(frozen[layer], indices) for layer, indices in neurons.items()}
         return AdapterWeights(dense=dense, neurons=neurons)

@@ -7,18 +7,18 @@ off it draws the prior's pictures, and Δ keeps steps that are too small for W0 
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lit_personalize.adapters.protocol import Adapter, AdapterWeights
-from lit_personalize.adapters.shadow import WeightShadow, all_parameters, weight_layers
+from lit_personalize.adapters.effective_weights import EffectiveWeights
+from lit_personalize.adapters.protocol import AdapterWeights
+from lit_personalize.adapters.shadow import all_parameters, weight_layers
 from lit_personalize.backbones.base import Base
 
 OUTSIDE_LORA = ("add_embedding.", "text_projection")
 """Matrices that LoRA clients have no name for: SDXL's embedding of sizes, and the projection of its pooled state."""
 
 
-class FullWeights(Adapter):
+class FullWeights(EffectiveWeights):
     """A change of every parameter.
 
     Weight decay pulls Δ to zero, that is the weights to the base's, where the decay of an optimizer over the weights
@@ -37,33 +37,17 @@ class FullWeights(Adapter):
     ):
         super().__init__(name, lr, weight_decay)
         self.text_encoder = text_encoder
-        self._shadows: dict[str, WeightShadow] = {}
         self._layers: list[str] = []
 
-    def attach(self, base: Base, seed: int = 0) -> None:
-        if self.attached:
-            return
-        base.register(self)
+    def choose(self, base: Base) -> dict[str, tuple[nn.Module, str]]:
+        chosen: dict[str, tuple[nn.Module, str]] = {}
         for component, module in base.components().items():
             if component != "unet" and not (self.text_encoder and component.startswith("text_encoder")):
                 continue
             named = (path for path in weight_layers(module) if not path.startswith(OUTSIDE_LORA))
             self._layers += [f"{component}.{path}" for path in named]
-            for path, (layer, attribute) in all_parameters(module).items():
-                name = f"{component}.{path}"
-                self._shadows[name] = WeightShadow.of(layer, attribute)
-                self.add_factor(name, torch.zeros(self._shadows[name].frozen.shape))
-        self.attached = True
-        self.refresh(base.dtype)
-
-    def refresh(self, dtype: torch.dtype) -> None:
-        for name, shadow in self._shadows.items():
-            shadow.set(self.name, self.factor(name) if self.active else None)
-
-    def set_active(self, active: bool) -> None:
-        if active != self.active:
-            self.active = active
-            self.refresh(torch.float32)
+            chosen |= {f"{component}.{path}": found for path, found in all_parameters(module).items()}
+        return chosen
 
     def layers(self) -> list[str]:
         return list(self._layers)

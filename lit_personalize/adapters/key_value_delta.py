@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
-from lit_personalize.adapters.protocol import Adapter, AdapterWeights
-from lit_personalize.adapters.shadow import WeightShadow, linear_layers
+from lit_personalize.adapters.effective_weights import EffectiveWeights
+from lit_personalize.adapters.protocol import AdapterWeights
+from lit_personalize.adapters.shadow import linear_layers
 from lit_personalize.backbones.base import Base
 from lit_personalize.errors import UsageError
 
@@ -29,7 +29,12 @@ def select_layers(unet: nn.Module, which: str) -> dict[str, nn.Linear]:
     return {path: linear for path, linear in linear_layers(unet).items() if path.endswith(LAYERS[which])}
 
 
-class KeyValueDelta(Adapter):
+def cross_attention(base: Base, which: str) -> dict[str, tuple[nn.Module, str]]:
+    """Weights of the UNet that `which` names, as `EffectiveWeights.choose` gives them."""
+    return {f"unet.{path}": (linear, "weight") for path, linear in select_layers(base.unet, which).items()}
+
+
+class KeyValueDelta(EffectiveWeights):
     """Dense ΔW on cross-attention.
 
     Args:
@@ -49,33 +54,17 @@ class KeyValueDelta(Adapter):
         super().__init__(name, lr, weight_decay, span)
         self.which = which
         self.detach_first_token = detach_first_token
-        self._linears: dict[str, nn.Linear] = {}
+
+    def choose(self, base: Base) -> dict[str, tuple[nn.Module, str]]:
+        return cross_attention(base, self.which)
 
     def attach(self, base: Base, seed: int = 0) -> None:
         if self.attached:
             return
-        base.register(self)
-        for path, linear in select_layers(base.unet, self.which).items():
-            layer = f"unet.{path}"
-            self._linears[layer] = linear
-            self.add_factor(layer, torch.zeros(linear.weight.shape))
+        super().attach(base, seed)
         for processor in base.processors.values():
             if processor.is_cross:
                 processor.detach_first_token = self.detach_first_token
-        self.attached = True
-        self.refresh(base.dtype)
-
-    def refresh(self, dtype: torch.dtype) -> None:
-        for layer, linear in self._linears.items():
-            WeightShadow.of(linear).set(self.name, self.factor(layer) if self.active else None)
-
-    def set_active(self, active: bool) -> None:
-        if active != self.active:
-            self.active = active
-            self.refresh(torch.float32)
-
-    def layers(self) -> list[str]:
-        return list(self._linears)
 
     def delta(self, layer: str) -> Tensor:
         return self.factor(layer)

@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lit_personalize.adapters.concept_neurons import placed
 from lit_personalize.adapters.protocol import Adapter, AdapterWeights
-from lit_personalize.adapters.shadow import WeightShadow, all_parameters, matrix_shape, weight_layers
+from lit_personalize.adapters.shadow import WeightShadow, all_parameters, layers_of, matrix_shape
 from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.token_rows import row_names
 from lit_personalize.errors import DataError, UsageError
@@ -52,7 +53,7 @@ class LoadedAdapter(Adapter):
         if self.attached:
             return
         components = base.components()
-        known = {f"{c}.{p}": m for c, module in components.items() for p, m in weight_layers(module).items()}
+        known = layers_of(components)
         for layer in self.layers():
             if layer not in known:
                 raise DataError(f"adapter {self.name!r} changes {layer}, which base {base.source} does not have")
@@ -106,6 +107,9 @@ class LoadedAdapter(Adapter):
         strength = self.scale * self.strengths.get(layer, 1.0)
         if layer in self.weights.neurons:  # a weight that two adapters shut off is zero, not subtracted twice
             shadow.shut(self.name, self.weights.neurons[layer], strength)
+            if layer in self.weights.values:
+                values = strength * self.weights.values[layer]
+                shadow.set(self.name, placed(values, self.weights.neurons[layer], shadow.frozen))
         else:
             delta = strength * self.delta(layer).to(shadow.frozen.device)
             shadow.set(self.name, delta.reshape(shadow.frozen.shape))

@@ -11,13 +11,15 @@ same `eps` by √r alone, which with its default freezes R at the identity.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
+from lit_personalize.adapters.effective_weights import EffectiveWeights
 from lit_personalize.adapters.lora import TARGETS
-from lit_personalize.adapters.protocol import Adapter, AdapterWeights
-from lit_personalize.adapters.shadow import WeightShadow, linear_layers
+from lit_personalize.adapters.protocol import AdapterWeights
+from lit_personalize.adapters.shadow import linear_layers
 from lit_personalize.backbones.base import Base
 from lit_personalize.errors import UsageError
 
@@ -66,7 +68,7 @@ def project(upper: Tensor, radius: float) -> Tensor:
     return torch.where(norm <= radius * (1 + 1e-6), upper, upper * (radius / norm))
 
 
-class OFT(Adapter):
+class OFT(EffectiveWeights):
     """Rotations of the inputs of the UNet's linear layers.
 
     Args:
@@ -94,41 +96,29 @@ class OFT(Adapter):
         self.blocks = blocks
         self.eps = eps
         self.targets = TARGETS[targets] if isinstance(targets, str) else list(targets)
-        self._shadows: dict[str, WeightShadow] = {}
 
-    def attach(self, base: Base, seed: int = 0) -> None:
-        if self.attached:
-            return
+    def choose(self, base: Base) -> dict[str, tuple[nn.Module, str]]:
         chosen = {f"unet.{path}": layer for path, layer in linear_layers(base.unet).items() if self._is_target(path)}
         if not chosen:
             raise UsageError(f"OFT targets {self.targets} match no linear layer of the UNet")
         for name, layer in chosen.items():
             if layer.in_features % self.blocks or layer.in_features < 2 * self.blocks:
                 raise UsageError(f"{name} has {layer.in_features} inputs; OFT blocks: {self.blocks} do not divide them")
-        base.register(self)
-        for name, layer in chosen.items():
-            self._shadows[name] = WeightShadow.of(layer)
-            self.add_factor(name, torch.zeros(self.blocks, self._triangle(layer)))
-        self.attached = True
-        self.refresh(base.dtype)
+        return {name: (layer, "weight") for name, layer in chosen.items()}
+
+    def start(self, name: str) -> Tensor:
+        b = self.frozen(name).shape[1] // self.blocks
+        return torch.zeros(self.blocks, b * (b - 1) // 2)
 
     def _is_target(self, path: str) -> bool:
         return any(path == target or path.endswith(f".{target}") for target in self.targets)
-
-    def _triangle(self, layer: nn.Linear) -> int:
-        b = layer.in_features // self.blocks
-        return b * (b - 1) // 2
 
     def _within_ball(self, upper: Tensor) -> Tensor:
         if self.eps is None:
             return upper
         return project(upper, ball_radius(self.eps, block_size(upper), self.blocks))
 
-    def refresh(self, dtype: torch.dtype) -> None:
-        if not self.active:
-            for shadow in self._shadows.values():
-                shadow.set(self.name, None)
-            return
+    def changes(self) -> Iterator[tuple[str, Tensor]]:
         by_shape: dict[torch.Size, list[str]] = {}
         for layer in self._shadows:
             factor = self.factor(layer)
@@ -137,28 +127,19 @@ class OFT(Adapter):
                     factor.copy_(self._within_ball(factor))
             by_shape.setdefault(factor.shape, []).append(layer)
         for layers in by_shape.values():  # one solve for all layers of a width
-            changes = cayley_change(torch.stack([self.factor(layer) for layer in layers]))
-            for layer, change in zip(layers, changes.unbind(), strict=True):
-                shadow = self._shadows[layer]
-                shadow.set(self.name, rotated_change(shadow.frozen.float(), change))
-
-    def set_active(self, active: bool) -> None:
-        if active != self.active:
-            self.active = active
-            self.refresh(torch.float32)
-
-    def layers(self) -> list[str]:
-        return list(self._shadows)
+            rotations = cayley_change(torch.stack([self.factor(layer) for layer in layers]))
+            for layer, rotation in zip(layers, rotations.unbind(), strict=True):
+                yield layer, rotated_change(self.frozen(layer).float(), rotation)
 
     def delta(self, layer: str) -> Tensor:
-        return rotated_change(self._shadows[layer].frozen.float(), cayley_change(self.factor(layer)))
+        return rotated_change(self.frozen(layer).float(), cayley_change(self.factor(layer)))
 
     def export_weights(self) -> AdapterWeights:
         """ΔW of every layer, from a solve in fp64, and the blocks themselves."""
         rotations, dense = {}, {}
-        for layer, shadow in self._shadows.items():
+        for layer in self._shadows:
             rotations[layer] = self._within_ball(self.factor(layer).detach()).float().cpu().clone()
-            dense[layer] = turn(shadow.frozen.detach().cpu(), rotations[layer])
+            dense[layer] = turn(self.frozen(layer).detach().cpu(), rotations[layer])
         return AdapterWeights(dense=dense, rotations=rotations)
 
 

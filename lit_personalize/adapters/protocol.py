@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,8 @@ class AdapterWeights:
     """Of layers in `dense`, the same change as OFT's blocks `[r, b(b-1)/2]`, for clients that rotate."""
     neurons: dict[str, Tensor] = field(default_factory=dict)
     """Of layers in `dense`, the same change as sorted flat int32 indices of weights that are zero."""
+    values: dict[str, Tensor] = field(default_factory=dict)
+    """Of layers in `neurons`, what these weights are instead of zero, `[n]` in the order of the indices."""
     tokens: dict[str, list[Tensor]] = field(default_factory=dict)
     """Token name -> one `[n, d]` per text encoder."""
     dora: dict[str, Dora] = field(default_factory=dict)
@@ -99,9 +101,9 @@ class AdapterWeights:
         return {layer: self.delta(layer) for layer in self.layers()}
 
     def merge(self, other: AdapterWeights) -> AdapterWeights:
-        """Both sets together; a layer or token in both is an error, but for neurons, which unite."""
+        """Both sets together; a layer or token in both is an error, but for neurons without values, which unite."""
         merged = AdapterWeights()
-        united = set(self.neurons) & set(other.neurons)
+        united = (set(self.neurons) & set(other.neurons)) - set(self.values) - set(other.values)
         for kind in (f.name for f in fields(self)):
             own, others = getattr(self, kind), getattr(other, kind)
             if both := (set(own) & set(others)) - (united if kind in ("dense", "neurons") else set()):
@@ -124,6 +126,9 @@ class Adapter(nn.Module, ABC):
         span: From where to where in the training the factors move: shares of it, or, above 1, optimizer steps.
             Before and after, nothing moves them: no gradient, no moment of the optimizer, no weight decay.
     """
+
+    cannot_export: ClassVar[Mapping[str, str]] = {}
+    """Export formats that would lose what this adapter learns: format -> why, and what to take instead."""
 
     def __init__(
         self, name: str, lr: float | None = None, weight_decay: float | None = None, span: tuple[float, float] = (0, 1)

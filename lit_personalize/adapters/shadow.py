@@ -6,6 +6,7 @@ base's `parameters()` and `state_dict()` stay stock, and switching an adapter is
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -74,6 +75,11 @@ def weight_layers(module: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """Like `linear_layers`, with convolutions: what adapter files of other trainers may change."""
     named = ((path.removesuffix(".base_layer"), m) for path, m in module.named_modules())
     return {path: m for path, m in named if isinstance(m, nn.Linear | nn.Conv2d) and ".lora_" not in path}
+
+
+def layers_of(components: Mapping[str, nn.Module]) -> dict[str, nn.Linear | nn.Conv2d]:
+    """`weight_layers` of all components of a base by `<component>.<path>`, in the base's module order."""
+    return {f"{name}.{path}": m for name, module in components.items() for path, m in weight_layers(module).items()}
 
 
 def all_parameters(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:

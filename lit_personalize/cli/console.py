@@ -8,9 +8,12 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lit_personalize.ranks import is_rank_zero
+
+if TYPE_CHECKING:
+    from lit_personalize.backbones.base import Base
 
 PLACES = {
     "README.md": "model card with sample pictures",
@@ -46,6 +49,26 @@ def configure_logging() -> None:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add the option --device, which `lit_personalize.devices.device_of` reads."""
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the base, --base, --base-config and --device, which `base_of` reads."""
+    parser.add_argument("--base", default="tinyworld", help='diffusers directory, single file, or "tinyworld"')
+    parser.add_argument("--base-config", default=None, help="configs and tokenizers of a single-file base")
+    add_device(parser)
+
+
+def base_of(options: argparse.Namespace) -> Base:
+    """Load the base that the options name.
+
+    Raises:
+        DataError: It is missing or damaged.
+        UsageError: The device is not there.
+    """
+    from lit_personalize.backbones.loading import load_base
+    from lit_personalize.devices import device_of
+
+    return load_base(options.base, config=options.base_config, device=device_of(options.device))
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_personalize.cli.console import add_device, add_json, configure_logging, emit
+from lit_personalize.cli.console import add_base, add_json, base_of, configure_logging, emit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,13 +35,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--self-share", type=float, default=0.4, help="of steps with the source's self-attention")
     parser.add_argument("--self-side", type=int, default=None,
                         help="largest self-attention maps taken over; a quarter of the latent's side")  # fmt: skip
+    parser.add_argument("--blend", default="", metavar="WORD[,WORD]",
+                        help="change the picture only where these words of source or edit act")  # fmt: skip
     parser.add_argument("--heat-maps", type=int, nargs="?", const=0, default=None, metavar="SIDE",
                         help="also draw where each word acts, by layers of SIDE cells or by all")  # fmt: skip
     parser.add_argument("--inversion", choices=("null-text", "ddim"), default=None,
                         help="of the photo; null-text unless guidance is 1")  # fmt: skip
     parser.add_argument("--refinements", type=int, default=0, help="fixed-point iterations of each inversion step")
-    parser.add_argument("--base", default="tinyworld", help='diffusers directory, single file, or "tinyworld"')
-    parser.add_argument("--base-config", default=None, help="configs and tokenizers of a single-file base")
+    add_base(parser)
     parser.add_argument("--adapter", action="append", default=[], metavar="FILE|FOLDER[@SCALE]", help="may be repeated")
     parser.add_argument("--seeds", type=int, nargs="+", default=None, help="of drawn pictures; 0 if left out")
     parser.add_argument("--steps", type=int, default=25)
@@ -51,7 +52,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--force", action="store_true", help="accept an adapter that was made for another base")
     parser.add_argument("-o", "--output", type=Path, default=Path("edits"), help="folder for pictures and grid.png")
     add_json(parser)
-    add_device(parser)
     return parser
 
 
@@ -148,8 +148,6 @@ def main(arguments: list[str]) -> int:
     import numpy as np
 
     from lit_datamodules.image_files import read_image
-    from lit_personalize.backbones.loading import load_base
-    from lit_personalize.devices import device_of
     from lit_personalize.errors import UsageError
     from lit_personalize.sampling.cells import source_of
     from lit_personalize.sampling.grid import captioned_grid
@@ -162,10 +160,13 @@ def main(arguments: list[str]) -> int:
         raise UsageError("--inversion and --refinements say how a photo becomes noise; name one with --photo")
     weights = weights_of(options.weigh)
     edits = options.edits or ([options.source] if weights else [])
-    how = EditOptions(options.kind, options.cross_share, options.self_share, options.self_side, weights)
+    blend = [word for word in options.blend.split(",") if word]
+    if blend and not edits:
+        raise UsageError("--blend says where an edit may change the picture; name an edit, or --weigh a word")
+    how = EditOptions(options.kind, options.cross_share, options.self_share, options.self_side, weights, blend)
     sampling = SamplingOptions(options.steps, options.guidance, options.negative)
     photo = read_image(options.photo).pixels if options.photo else None
-    base = load_base(options.base, config=options.base_config, device=device_of(options.device))
+    base = base_of(options)
     adapters: list[Adapter] = [source_of(entry, options.force).attach(base) for entry in options.adapter]
     task = Task(base, adapters, options.source, edits, sampling, how, options.resolution, options.heat_maps)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -6,13 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lit_personalize.cli.console import add_device, add_json, configure_logging
+from lit_personalize.cli.console import add_base, add_json, base_of, configure_logging
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="litp evaluate", description="Measure an adapter against real pictures.")
-    parser.add_argument("--base", default="tinyworld", help='diffusers directory, single file, or "tinyworld"')
-    parser.add_argument("--base-config", default=None, help="configs and tokenizers of a single-file base")
+    add_base(parser)
     parser.add_argument("--adapter", type=Path, required=True, help="adapter file, folder, or run directory")
     parser.add_argument("--references", type=Path, help="folder with real pictures of the subject")
     parser.add_argument("--prompts", nargs="+", default=[], help="with the token in place")
@@ -29,7 +28,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--force", action="store_true", help="accept an adapter that was made for another base")
     parser.add_argument("-o", "--output", type=Path, default=None, help="also write the report as JSON")
     add_json(parser)
-    add_device(parser)
     return parser
 
 
@@ -70,8 +68,6 @@ def main(arguments: list[str]) -> int:
 
     from lit_datamodules.image_files import list_images, read_image
     from lit_personalize.atomic import write_text
-    from lit_personalize.backbones.loading import load_base
-    from lit_personalize.devices import device_of
     from lit_personalize.export.loading import load_adapter
     from lit_personalize.metrics.evaluation import evaluate
     from lit_personalize.metrics.features import clip_directory
@@ -94,7 +90,7 @@ def main(arguments: list[str]) -> int:
         pixels = [read_image(path).pixels for path in list_images(options.references)]
     else:
         raise UsageError("name real pictures with --references, or a suite")
-    base = load_base(options.base, config=options.base_config, device=device_of(options.device))
+    base = base_of(options)
     folder = options.adapter / "exports" if (options.adapter / "exports").is_dir() else options.adapter
     sides = (base.resolution, base.resolution)
     pictures = [np.asarray(Image.fromarray(p).resize(sides, Image.Resampling.BICUBIC)) for p in pixels]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_personalize.cli.console import add_device, add_json, configure_logging, emit, task_of
+from lit_personalize.cli.console import add_base, add_json, base_of, configure_logging, emit, task_of
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -16,8 +16,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--generate", type=int, required=True, metavar="N", help="pictures per prompt")
     parser.add_argument("--query", action="append", required=True, help="class prompt: 'photo of a cat'; repeatable")
-    parser.add_argument("--base", default="tinyworld", help='diffusers directory, single file, or "tinyworld"')
-    parser.add_argument("--base-config", default=None, help="configs and tokenizers of a single-file base")
+    add_base(parser)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=6.0)
     parser.add_argument("--scheduler", choices=("ddim", "dpm", "euler"), default="ddim")
@@ -26,7 +25,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", type=task_of, help="I/N: draw the I-th of N shares; the last one to end packs them")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the set")
     add_json(parser)
-    add_device(parser)
     return parser
 
 
@@ -35,14 +33,12 @@ def main(arguments: list[str]) -> int:
     configure_logging()
     from lit_datamodules.generated_sets import GeneratedSet, draw_set, samples_of
     from lit_datamodules.shard_writer import write_shards
-    from lit_personalize.backbones.loading import load_base
-    from lit_personalize.devices import device_of
     from lit_personalize.errors import UsageError
     from lit_personalize.sampling.sampler import SamplingOptions, generate
 
     if options.generate < 1:
         raise UsageError(f"--generate {options.generate}: at least 1")
-    base = load_base(options.base, config=options.base_config, device=device_of(options.device))
+    base = base_of(options)
     how = SamplingOptions(options.steps, options.guidance, scheduler=options.scheduler)
 
     def draw(captions: Sequence[str], seeds: Sequence[int]) -> Any:

@@ -90,6 +90,7 @@ def run_yaml(
     lines = [
         f"# {method.replace('_', ' ')} on {base}. Run it with: litp fit -c FILE (the same command continues).",
         f"name: {name}",
+        f"recipe: {method}",
         *recipe_text(method, base_key(base), base, token).splitlines(),
     ]
     text = "\n".join(lines)

@@ -10,6 +10,7 @@ MODES: dict[str, tuple[str, str]] = {
     "closed-form": ("merge_closed_form", "Custom Diffusion's constrained merge of learned concepts, without training"),
     "interpolate": ("merge_interpolate", "the adapter between two adapters: changes and token rows at a share alpha"),
     "ziplora": ("merge_ziplora", "a subject's and a style's LoRA, the weights of their columns learned (ZipLoRA)"),
+    "neurons": ("merge_neurons", "the union of several concepts' neurons (Cones)"),
     "linear": ("merge_arithmetic:linear", "the exact weighted sum, optionally at a smaller rank"),
     "concat": ("merge_arithmetic:concat", "the exact weighted sum, ranks side by side"),
     "svd": (

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_personalize.cli.console import add_device, add_json, configure_logging
+from lit_personalize.cli.console import add_base, add_json, base_of, configure_logging
 
 if TYPE_CHECKING:
     from lit_personalize.merging.arithmetic import Mode
@@ -53,8 +53,7 @@ def add_cut(parser: argparse.ArgumentParser) -> None:
 
 def add_output(parser: argparse.ArgumentParser, adapters: bool = True) -> None:
     """Add what every merge needs to write and verify."""
-    parser.add_argument("--base", default="tinyworld", help='diffusers directory, single file, or "tinyworld"')
-    parser.add_argument("--base-config", default=None, help="configs and tokenizers of a single-file base")
+    add_base(parser)
     if adapters:
         parser.add_argument("--force", action="store_true", help="accept an adapter that was made for another base")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the files and merge.json")
@@ -62,7 +61,6 @@ def add_output(parser: argparse.ArgumentParser, adapters: bool = True) -> None:
     parser.add_argument("--prompt", default=None, help="of the picture that is compared")
     parser.add_argument("--no-verify", action="store_true")
     add_json(parser)
-    add_device(parser)
 
 
 def renames(entries: list[str]) -> dict[tuple[int, str], str]:
@@ -86,8 +84,6 @@ def renames(entries: list[str]) -> dict[tuple[int, str], str]:
 def run(mode: Mode, text: str, arguments: list[str]) -> int:
     given = build_parser(mode, text).parse_args(arguments)
     configure_logging()
-    from lit_personalize.backbones.loading import load_base
-    from lit_personalize.devices import device_of
     from lit_personalize.merging.arithmetic import MergeOptions, check
     from lit_personalize.merging.merge import merge
     from lit_personalize.sampling.cells import split_strengths
@@ -99,7 +95,7 @@ def run(mode: Mode, text: str, arguments: list[str]) -> int:
     own = [f"{n}:{part}={factor}" for n, (_, _, parts) in enumerate(parsed, 1) for part, factor in parts.items()]
     check(mode, len(adapters), MergeOptions(**options))  # before the base is loaded
     report = merge(
-        mode, adapters, given.output, load_base(given.base, config=given.base_config, device=device_of(given.device)),
+        mode, adapters, given.output, base_of(given),
         blocks=[*given.block, *own], renames=renames(given.rename), formats=given.formats, verify=not given.no_verify,
         force=given.force, prompt=given.prompt, **options,
     )  # fmt: skip
@@ -114,6 +110,7 @@ def show(report: Any, as_json: bool) -> None:
         return
     for number, adapter in enumerate(report.adapters, 1):
         left = f", {adapter['left']:.1%} of its energy left" if "left" in adapter else ""
+        left += f", {adapter['neurons']} neurons" if "neurons" in adapter else ""
         print(f"{number}  {adapter['name']} @ {adapter['strength']:g}, {adapter['layers']} layers{left}")
     ranks = ", ".join(f"{count} of rank {rank}" for rank, count in report.ranks.items())
     print(f"{report.mode}: {report.layers} layers{f' ({ranks})' if ranks else ''}, tokens {report.tokens or 'none'}")

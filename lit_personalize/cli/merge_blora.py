@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lit_personalize.cli.console import configure_logging
+from lit_personalize.cli.console import base_of, configure_logging
 from lit_personalize.cli.merge_arithmetic import add_output, renames, show
 
 
@@ -22,8 +22,6 @@ def main(arguments: list[str]) -> int:
     add_output(parser)
     given = parser.parse_args(arguments)
     configure_logging()
-    from lit_personalize.backbones.loading import load_base
-    from lit_personalize.devices import device_of
     from lit_personalize.errors import UsageError
     from lit_personalize.merging.blora import mix
     from lit_personalize.sampling.cells import split_strengths
@@ -34,7 +32,7 @@ def main(arguments: list[str]) -> int:
     content, style = (half and half[:2] for half in halves)
     report = mix(
         given.output, content, style,
-        load_base(given.base, config=given.base_config, device=device_of(given.device)),
+        base_of(given),
         scale=given.scale, renames=renames(given.rename), formats=given.formats, verify=not given.no_verify,
         force=given.force, prompt=given.prompt,
     )  # fmt: skip

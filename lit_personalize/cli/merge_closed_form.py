@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lit_personalize.cli.console import configure_logging
+from lit_personalize.cli.console import base_of, configure_logging
 from lit_personalize.cli.merge_arithmetic import add_output, show
 
 
@@ -30,18 +30,15 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str]) -> int:
     options = build_parser().parse_args(arguments)
     configure_logging()
-    from lit_personalize.backbones.loading import load_base
-    from lit_personalize.devices import device_of
-    from lit_personalize.export.loading import read_adapter
+    from lit_personalize.export.loading import exports_of, read_adapter
     from lit_personalize.merging.arithmetic import Energy
     from lit_personalize.merging.closed_form import Concept, merge_concepts
     from lit_personalize.merging.writing import MergeReport, check_output, write_merged
-    from lit_personalize.sampling.cells import exports_of
 
     places = [exports_of(Path(place)) for place, _ in options.concept]
     check_output(options.output, places, options.formats)
     captions = read_captions(options.captions, options.most)
-    base = load_base(options.base, config=options.base_config, device=device_of(options.device))
+    base = base_of(options)
     concepts = [
         Concept(read_adapter(place, base, options.force), phrase)
         for place, (_, phrase) in zip(places, options.concept, strict=True)

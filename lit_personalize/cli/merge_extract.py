@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lit_personalize.cli.console import configure_logging
+from lit_personalize.cli.console import base_of, configure_logging
 from lit_personalize.cli.merge_arithmetic import add_cut, add_output, show
 
 
@@ -17,8 +17,6 @@ def main(arguments: list[str]) -> int:
     add_output(parser, adapters=False)
     given = parser.parse_args(arguments)
     configure_logging()
-    from lit_personalize.backbones.loading import load_base
-    from lit_personalize.devices import device_of
     from lit_personalize.merging.extract import extract
     from lit_personalize.merging.truncation import Cut
     from lit_personalize.merging.writing import check_output
@@ -26,7 +24,7 @@ def main(arguments: list[str]) -> int:
     Cut(given.rank, given.energy)  # before gigabytes are read
     check_output(given.output, [], given.formats)
     report = extract(
-        load_base(given.base, config=given.base_config, device=device_of(given.device)), given.tuned, given.output,
+        base_of(given), given.tuned, given.output,
         rank=given.rank, energy=given.energy, config=given.base_config, formats=given.formats,
         verify=not given.no_verify, prompt=given.prompt,
     )  # fmt: skip

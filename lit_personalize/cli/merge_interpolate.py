@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lit_personalize.cli.console import configure_logging
+from lit_personalize.cli.console import base_of, configure_logging
 from lit_personalize.cli.merge_arithmetic import add_output, show
 
 
@@ -25,18 +25,15 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str]) -> int:
     options = build_parser().parse_args(arguments)
     configure_logging()
-    from lit_personalize.backbones.loading import load_base
-    from lit_personalize.devices import device_of
-    from lit_personalize.export.loading import read_adapter
+    from lit_personalize.export.loading import exports_of, read_adapter
     from lit_personalize.merging.arithmetic import Energy
     from lit_personalize.merging.interpolation import interpolate
     from lit_personalize.merging.sources import matrices_only
     from lit_personalize.merging.writing import MergeReport, check_output, write_merged
-    from lit_personalize.sampling.cells import exports_of
 
     places = [exports_of(Path(given)) for given in options.adapters]
     check_output(options.output, places, options.formats)
-    base = load_base(options.base, config=options.base_config, device=device_of(options.device))
+    base = base_of(options)
     pair = [matrices_only(read_adapter(place, base, options.force), str(place)) for place in places]
     weights = interpolate(pair[0], pair[1], options.alpha, options.token)
     shares = zip(places, pair, (1 - options.alpha, options.alpha), strict=True)

@@ -46,7 +46,8 @@ def main(arguments: list[str]) -> int:
     elif config.read_text(encoding="utf-8") != text:
         other = f"run litp fit -c {config}, or take another --name"
         raise UsageError(f"{config} is of another merge or was changed: {other}")
-    return fit.main(["-c", str(config), "--root", options.root, *others, *(["--json"] if options.json else [])])
+    given = ["-c", str(config), "--recipe", METHOD, "--root", options.root, *others]
+    return fit.main([*given, *(["--json"] if options.json else [])])
 
 
 def configuration_of(options: argparse.Namespace) -> str:

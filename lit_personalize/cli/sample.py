@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_personalize.cli.console import add_device, add_json, configure_logging, emit
+from lit_personalize.cli.console import add_base, add_json, base_of, configure_logging, emit
 from lit_personalize.sampling.schedulers import NAMES
 
 if TYPE_CHECKING:
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="litp sample", description="Draw pictures with a base and adapters.")
     parser.add_argument("prompts", nargs="+", help="one picture per prompt and seed")
-    parser.add_argument("--base", default="tinyworld", help='diffusers directory, single file, or "tinyworld"')
-    parser.add_argument("--base-config", default=None, help="configs and tokenizers of a single-file base")
+    add_base(parser)
     parser.add_argument("--adapter", action="append", default=[], metavar="FILE|RUN[@STRENGTHS]",
                         help="may be repeated; strengths: 0.8 of all of it, 0.8,mid_block=0 also by block")  # fmt: skip
     parser.add_argument("--strengths", type=float, nargs="+", default=[1.0],
@@ -43,15 +42,12 @@ def build_parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, default=Path("samples"), help="folder for pictures, grid.png and index.html"
     )
     add_json(parser)
-    add_device(parser)
     return parser
 
 
 def main(arguments: list[str]) -> int:
     options = build_parser().parse_args(arguments)
     configure_logging()
-    from lit_personalize.backbones.loading import load_base
-    from lit_personalize.devices import device_of
     from lit_personalize.errors import UsageError
     from lit_personalize.gallery.sample_page import write_cells
     from lit_personalize.sampling.cells import draw_cells, source_of
@@ -71,9 +67,9 @@ def main(arguments: list[str]) -> int:
         sources.append(_k_lora(options.k_lora, options.force))
     if not sources and (options.grid or options.strengths != [1.0]):
         raise UsageError("--grid and --strengths are of adapters: name one with --adapter")
-    load = partial(load_base, options.base, config=options.base_config, device=device_of(options.device))
     how = SamplingOptions(options.steps, options.guidance, options.negative, options.scheduler)
     groups = [[source] for source in sources] if options.grid else [sources]
+    load = partial(base_of, options)
     cells = draw_cells(load, asked, options.seeds, groups, options.strengths, how, options.resolution)
     drawn = write_cells(cells, options.output)
     page, grid = options.output / "index.html", options.output / "grid.png"
@@ -86,8 +82,8 @@ def main(arguments: list[str]) -> int:
 
 def _k_lora(places: list[str], force: bool) -> Source:
     from lit_personalize.adapters.klora import KLoRA
-    from lit_personalize.export.loading import read_adapter
-    from lit_personalize.sampling.cells import Source, exports_of
+    from lit_personalize.export.loading import exports_of, read_adapter
+    from lit_personalize.sampling.cells import Source
 
     def attach(base: Base) -> KLoRA:
         content, style = (read_adapter(exports_of(Path(place)), base, force) for place in places)

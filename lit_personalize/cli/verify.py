@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lit_personalize.cli.console import add_device, add_json, configure_logging
+from lit_personalize.cli.console import add_base, add_json, base_of, configure_logging
 
 
 def main(arguments: list[str]) -> int:
@@ -13,15 +13,11 @@ def main(arguments: list[str]) -> int:
         prog="litp verify", description="Reload adapter files through stock diffusers and compare."
     )
     parser.add_argument("files", type=Path, nargs="+", help="adapter files, PEFT folders, or a run directory")
-    parser.add_argument("--base", default="tinyworld", help='diffusers directory, single file, or "tinyworld"')
-    parser.add_argument("--base-config", default=None)
+    add_base(parser)
     parser.add_argument("--prompt", default="a photo")
     add_json(parser)
-    add_device(parser)
     options = parser.parse_args(arguments)
     configure_logging()
-    from lit_personalize.backbones.loading import load_base
-    from lit_personalize.devices import device_of
     from lit_personalize.errors import DataError
     from lit_personalize.export.verify import adapters_in, exported_of, verify
 
@@ -33,7 +29,7 @@ def main(arguments: list[str]) -> int:
         if not found:
             raise DataError(f"{folder} holds no adapter file; name a .safetensors file or a run")
         paths += found
-    base = load_base(options.base, config=options.base_config, device=device_of(options.device))
+    base = base_of(options)
     report = verify(exported_of(paths), base, prompt=options.prompt)
     if options.json:
         print(report.to_json(), end="")

@@ -20,6 +20,7 @@ from lit_personalize.backbones.token_rows import pieces_of
 from lit_personalize.errors import DataError
 from lit_personalize.export.exporter import Exported
 from lit_personalize.export.verify import VerifyReport
+from lit_personalize.recipe_files import title_of
 from lit_personalize.run_directory import RunDirectory
 
 EVALUATION = "evaluation.json"
@@ -198,7 +199,8 @@ def write_card(
     loras = any(item.kind in ("diffusers", "kohya", "peft") for item in files)
     front = _front_matter(base, weights, prompts, widgets_of(run, prompts), run, license_name, loras)
     body = ["---", front + "---", "", f"# {run.name}", ""]
-    body += [f"Trained with lit-personalize {__version__} on `{Path(base.source).name}` (`{base.fingerprint}`)."]
+    by = f"{title_of(run.recipe)}, trained" if run.recipe else "Trained"
+    body += [f"{by} with lit-personalize {__version__} on `{Path(base.source).name}` (`{base.fingerprint}`)."]
     if tokens:
         body += ["", f"Trigger words: {', '.join(f'`{t}`' for t in tokens)}."]
     grid = run.samples / "grid.png"
@@ -220,7 +222,8 @@ def write_card(
         most = f"{report.picture_difference:.4f}"
         body += ["", f"A stock pipeline and the trainer's sampler differ by at most {most} per pixel."]
     if run.config.is_file():
-        body += ["", "## Recipe", "", *_table(["what", "value"], recipe_rows(run.config))]
+        method = [("method", title_of(run.recipe))] if run.recipe else []
+        body += ["", "## Recipe", "", *_table(["what", "value"], [*method, *recipe_rows(run.config)])]
     if figures_ := figure_rows(run):
         body += ["", "## Figures", "", *_table(["figure", "adapter", "real pictures", "untouched base"], figures_)]
     body += ["", "The configuration is `config.yaml`; `sheet.png` shows what the model saw.", ""]

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lit_personalize.adapters.protocol import AdapterWeights, LowRank
-from lit_personalize.adapters.shadow import weight_layers
+from lit_personalize.adapters.shadow import layers_of
 from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.token_rows import pieces_of
 from lit_personalize.errors import UsageError
 from lit_personalize.export import files, keys
 from lit_personalize.export.factorize import Kept, Truncation, factorize, summary
+from lit_personalize.export.neurons import share_of, sparse_neurons
 from lit_personalize.export.rotations import write_oft
 
 log = logging.getLogger(__name__)
@@ -65,9 +66,9 @@ def export(
     Args:
         formats: "diffusers", "kohya" and "peft" write LoRA files (dense changes factored within `max_error`), but
             "peft" writes DoRA's factors and magnitudes, and rotations as a folder of PEFT's OFT, as they are; "delta"
-            the exact dense changes; "neurons" the indices of concept neurons; "pipeline" a merged pipeline. Learned
-            embeddings are always written; for two text encoders one file with both, and with "diffusers" also one
-            file each.
+            the exact dense changes; "neurons" the indices of concept neurons, with their values if trained;
+            "pipeline" a merged pipeline. Learned embeddings are always written; for two text encoders one file with
+            both, and with "diffusers" also one file each.
         details: Stored in every file's metadata (recipe, steps, run).
         max_error: Largest relative Frobenius error of a factored layer; 0 keeps every singular value.
         max_rank: Bound on the rank of a factored layer, which goes before the other rules.
@@ -118,8 +119,8 @@ def export(
         path = folder / f"{file_stem(name)}.neurons.safetensors"
         described = describe(weights, base, name, "neurons", details)
         shapes = {keys.portable(layer): list(weights.dense[layer].shape) for layer in weights.neurons}
-        described["litp.neurons"] = json.dumps({"shapes": shapes, "share": _share(weights)}, sort_keys=True)
-        tensors = files.sparse_neurons(weights.neurons)
+        described["litp.neurons"] = json.dumps({"shapes": shapes, "share": share_of(weights)}, sort_keys=True)
+        tensors = sparse_neurons(weights)
         written.append(Exported(files.write_safetensors(path, tensors, described), "neurons"))
     if "pipeline" in formats:
         from lit_personalize.export.pipeline import write_pipeline
@@ -253,11 +254,6 @@ def _write_embeddings(
     return written
 
 
-def _share(weights: AdapterWeights) -> float:
-    """Neurons as a share of the weights of the layers that have any."""
-    return sum(map(len, weights.neurons.values())) / sum(weights.dense[layer].numel() for layer in weights.neurons)
-
-
 def _left_out(weights: AdapterWeights) -> str:
     """The share of the change that is in no layer's matrix, by number and by squared size; "" if there is none."""
     changed = list(weights.parameters.values())
@@ -281,7 +277,7 @@ def _all_low_rank(
     Where a layer has both, ranks are concatenated.
     """
     low_rank, kept = dict(weights.low_rank), {}
-    layers = {f"{c}.{p}": m for c, module in base.components().items() for p, m in weight_layers(module).items()}
+    layers = layers_of(base.components())
     for layer, delta in weights.dense.items():
         if layer in exact:
             continue

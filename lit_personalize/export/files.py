@@ -14,8 +14,6 @@ from lit_personalize.adapters.protocol import LowRank
 from lit_personalize.export import keys
 
 FORMAT_VERSION = "1"
-INDEX = ".idx"
-"""Ends the keys of neurons."""
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
@@ -120,11 +118,6 @@ def write_peft(
     write_safetensors(folder / "adapter_model.safetensors", tensors, {**metadata, "litp.component": component})
     atomic.write_text(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
     return folder
-
-
-def sparse_neurons(neurons: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`{<portable layer>.idx: int32}`, ascending flat indices of weights that are zero; for our own reader alone."""
-    return {f"{keys.portable(layer)}{INDEX}": indices for layer, indices in neurons.items()}
 
 
 def dense_deltas(changes: Mapping[str, Tensor]) -> dict[str, Tensor]:

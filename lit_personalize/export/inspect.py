@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lit_personalize.errors import DataError
 from lit_personalize.export import keys
-from lit_personalize.export.files import INDEX
 from lit_personalize.export.loading import LORA, read_file, settings_of, stated_alpha
+from lit_personalize.export.neurons import INDEX, VALUE
 from lit_personalize.export.rotations import MARK
 
 FORMATS = {
@@ -28,7 +28,7 @@ def kind_of(tensors: Iterable[str]) -> str:
     names = list(tensors)
     if any(MARK in n for n in names):
         return "oft"
-    if all(n.endswith(INDEX) for n in names):
+    if all(n.endswith((INDEX, VALUE)) for n in names):
         return "neurons"
     if any(n.startswith("lora_") for n in names):
         return "kohya"
@@ -53,6 +53,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
     tensors, metadata = read_file(path)
     kind = kind_of(tensors)
     matches = {k: m for k in tensors if (m := LORA.match(k))}
+    layers = [name for name in tensors if not name.endswith(VALUE)]
     downs = {m["layer"]: tensors[k] for k, m in matches.items() if "down" in (m["ud"], m["k"]) or m["ab"] == "A"}
     return {
         "file": str(path),
@@ -60,8 +61,8 @@ def inspect_file(path: Path) -> dict[str, Any]:
         "bytes": path.stat().st_size,
         "tensors": len(tensors),
         "parameters": sum(t.numel() for t in tensors.values()),
-        "layers": len(downs) or len(tensors),
-        "components": _components(downs or tensors, kind, metadata),
+        "layers": len(downs) or len(layers),
+        "components": _components(downs or layers, kind, metadata),
         "ranks": _counts(t.shape[0] for t in downs.values()),
         "alphas": _counts(_alphas(tensors, downs, metadata, path)) or "as rank",
         "largest_error": metadata.get("litp.largest_error", "unknown"),

@@ -13,15 +13,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lit_personalize.adapters.concept_neurons import shut_change
 from lit_personalize.adapters.loaded import LoadedAdapter
 from lit_personalize.adapters.protocol import AdapterWeights, Dora, LowRank
-from lit_personalize.adapters.shadow import all_parameters, matrix_shape, weight_layers
+from lit_personalize.adapters.shadow import all_parameters, layers_of, matrix_shape
 from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.loading import PICKLES
 from lit_personalize.errors import DataError
 from lit_personalize.export import keys, rotations
-from lit_personalize.export.files import FORMAT_VERSION, INDEX
+from lit_personalize.export.files import FORMAT_VERSION
+from lit_personalize.export.neurons import INDEX, VALUE, parse_neurons
 from lit_personalize.export.pickled import is_pickle
 
 log = logging.getLogger(__name__)
@@ -121,6 +121,11 @@ def warn_of_loss(metadata: Mapping[str, str], path: Path) -> None:
         log.warning("%s holds its layers with a relative error of up to %.2f; name another file for more", path, error)
 
 
+def exports_of(place: Path) -> Path:
+    """A run's exports, or the file or folder itself."""
+    return place / "exports" if (place / "exports").is_dir() else place
+
+
 def _step_of(metadata: Mapping[str, str]) -> str:
     """The training step at which a file was exported, or nothing."""
     try:
@@ -182,20 +187,20 @@ def parse(tensors: dict[str, Tensor], metadata: dict[str, str], base: Base, path
     if set(tensors) <= {"clip_l", "clip_g"} or "litp.token" in metadata or _is_one_embedding(tensors):
         return AdapterWeights(tokens=_parse_embedding(tensors, metadata, path))
     parts = {c: module for c, module in base.components().items() if c != "vae"}
-    layers = {f"{c}.{p}": m for c, module in parts.items() for p, m in weight_layers(module).items()}
+    layers = layers_of(parts)
     shapes = {layer: matrix_shape(module) for layer, module in layers.items()}
     stages = base.unet.config.layers_per_block
     style = "kohya" if any(k.startswith("lora_") for k in tensors) else "portable"
     known = keys.index_by(shapes, len(parts) == 3, style, stages if isinstance(stages, int) else None)
+    own = {layer: cast(Tensor, module._parameters["weight"]) for layer, module in layers.items()}
     magnitudes: dict[str, Tensor] = {}
     if any(rotations.MARK in k for k in tensors):
         component = component_of(metadata, path)
         settings = {k.partition(".")[2]: v for k, v in settings_of(metadata, path, component).items()}
         named = {_known(k.partition(rotations.MARK)[0], known, path, component): t for k, t in tensors.items()}
-        own = {layer: cast(Tensor, module._parameters["weight"]) for layer, module in layers.items()}
         weights = rotations.parse_rotations(named, settings, own, path)
-    elif all(k.endswith(INDEX) for k in tensors):
-        weights = _parse_neurons(tensors, known, layers, path)
+    elif all(k.endswith((INDEX, VALUE)) for k in tensors):
+        weights = parse_neurons(tensors, lambda name: _known(name, known, path), own, path)
     elif all(k.endswith(".delta") for k in tensors):
         weights = _parse_deltas(tensors, known, parts, path)
     else:
@@ -205,7 +210,7 @@ def parse(tensors: dict[str, Tensor], metadata: dict[str, str], base: Base, path
     # Some tools write a linear layer's factors as 1x1 convolutions.
     weights.low_rank = {name: f.shaped(layers[name].weight.shape) for name, f in weights.low_rank.items()}
     for layer, magnitude in magnitudes.items():
-        frozen = cast(Tensor, layers[layer]._parameters["weight"]).detach().flatten(1).float().cpu()
+        frozen = own[layer].detach().flatten(1).float().cpu()
         _rescale(weights, layer, magnitude, frozen, path)
     return weights
 
@@ -248,21 +253,6 @@ def _without_magnitudes(
     return others, found
 
 
-def _parse_neurons(
-    tensors: Mapping[str, Tensor], known: Mapping[str, str], layers: Mapping[str, nn.Module], path: Path
-) -> AdapterWeights:
-    """Indices of weights that are zero, and the change that they make of this base's weights."""
-    weights = AdapterWeights()
-    for key, indices in tensors.items():
-        layer = _known(key.removesuffix(INDEX), known, path)
-        weight = cast(Tensor, layers[layer]._parameters["weight"]).detach().cpu()
-        if indices.ndim != 1 or not bool((indices.diff() > 0).all()) or indices[0] < 0 or indices[-1] >= weight.numel():
-            raise DataError(f"{path}: {key} must hold ascending indices of a weight {tuple(weight.shape)}, once each")
-        weights.neurons[layer] = indices
-        weights.dense[layer] = shut_change(weight, indices).flatten(1)
-    return weights
-
-
 def _parse_deltas(
     tensors: Mapping[str, Tensor], layers: Mapping[str, str], parts: Mapping[str, nn.Module], path: Path
 ) -> AdapterWeights:
@@ -286,7 +276,7 @@ def _parse_deltas(
 
 def _is_one_embedding(tensors: Mapping[str, Tensor]) -> bool:
     (name, tensor), *more = tensors.items()
-    return not more and tensor.ndim <= 2 and "lora" not in name and not name.endswith(".delta")
+    return not more and tensor.ndim <= 2 and "lora" not in name and not name.endswith((".delta", INDEX, VALUE))
 
 
 def _parse_embedding(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> dict[str, list[Tensor]]:

@@ -319,12 +319,14 @@ def _check_embedding(item: Exported, base: Base, reference: AdapterWeights | Non
 
 def _check_delta(item: Exported, base: Base, reference: AdapterWeights | None) -> FileReport:
     read = read_adapter(item.path, base, force=True)
-    kinds = ("neurons",) if item.kind == "neurons" else ("dense", "parameters")
-    found, trained = ({n: t for kind in kinds for n, t in getattr(w, kind).items()} for w in (read, reference or read))
-    wanted: dict[str, Tensor] = trained
-    if set(found) != set(wanted) or any(not torch.equal(d, wanted[n]) for n, d in found.items()):
-        raise VerificationError(f"{item.path}: the {item.kind} are not what was trained")
-    return FileReport(item.name, item.kind, len(found), components=dict(Counter(keys.split(n)[0] for n in found)))
+    kinds = ("neurons", "values") if item.kind == "neurons" else ("dense", "parameters")
+    for kind in kinds:
+        found: dict[str, Tensor] = getattr(read, kind)
+        wanted: dict[str, Tensor] = getattr(reference or read, kind)
+        if set(found) != set(wanted) or any(not torch.equal(d, wanted[n]) for n, d in found.items()):
+            raise VerificationError(f"{item.path}: the {item.kind} are not what was trained")
+    names = {name for kind in kinds for name in getattr(read, kind)}
+    return FileReport(item.name, item.kind, len(names), components=dict(Counter(keys.split(n)[0] for n in names)))
 
 
 def _check_pipeline(

@@ -13,6 +13,7 @@ import yaml
 
 from lit_personalize.errors import DataError
 from lit_personalize.export.inspect import inspect_file
+from lit_personalize.recipe_files import title_of
 from lit_personalize.run_directory import RunDirectory
 
 PEFT = "peft/*/adapter_model.safetensors"
@@ -130,7 +131,8 @@ def card_of(source: Path) -> Card:
         card.tokens += [token for token in found["tokens"] if token not in card.tokens]
         card.ranks += [rank for rank in found["ranks"] if rank not in card.ranks]
         card.base = card.base or ("" if found["base"] == "unknown" else Path(found["base"]).name)
-    card.method = ", ".join(dict.fromkeys(card.kinds.values()))
+        card.method = card.method or title_of(_recipe_in(found["details"]))
+    card.method = card.method or ", ".join(dict.fromkeys(card.kinds.values()))
     try:
         if not source.is_file():
             _read_verification(card)
@@ -139,6 +141,14 @@ def card_of(source: Path) -> Card:
     except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise DataError(f"the record of {source} cannot be read: {error!r}") from error
     return card
+
+
+def _recipe_in(details: str) -> str:
+    """The recipe that a file of ours says it came from; details are free text to other programs."""
+    try:
+        return str(json.loads(details).get("recipe", ""))
+    except (ValueError, AttributeError):
+        return ""
 
 
 def _read_verification(card: Card) -> None:
@@ -153,7 +163,8 @@ def _read_run(card: Card, run: RunDirectory) -> None:
     config: dict[str, Any] = yaml.safe_load((card.source / "config.yaml").read_text(encoding="utf-8"))
     options: dict[str, Any] = config["model"]["init_args"]
     adapters = [_short(adapter["class_path"]) for adapter in options.get("adapters") or []]
-    card.method = f"{' + '.join(adapters)} by {_short(config['model']['class_path'])}"
+    what_trained = f"{' + '.join(adapters)} by {_short(config['model']['class_path'])}"
+    card.method = title_of(run.recipe) or what_trained
     card.base_path, card.base = str(options["base"]), Path(str(options["base"])).name
     for concept in ((config.get("data") or {}).get("init_args") or {}).get("concepts") or []:
         if concept.get("token") and concept["token"] not in card.tokens:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lit_personalize.adapters.protocol import AdapterWeights
-from lit_personalize.adapters.shadow import weight_layers
+from lit_personalize.adapters.shadow import layers_of
 from lit_personalize.backbones.base import Base
 from lit_personalize.errors import DataError, UsageError
-from lit_personalize.export.loading import read_adapter
+from lit_personalize.export.loading import exports_of, read_adapter
 from lit_personalize.merging.truncation import Factors
 
 
@@ -128,9 +128,8 @@ def read_sources(
     """
     sources = []
     for number, (path, strength) in enumerate(adapters, 1):
-        folder = path / "exports" if (path / "exports").is_dir() else path
         own = [b for b in blocks if b.adapter in (None, number)]
-        source = Source(str(path), matrices_only(read_adapter(folder, base, force), str(path)), strength, own)
+        source = Source(str(path), matrices_only(read_adapter(exports_of(path), base, force), str(path)), strength, own)
         _rename(source, {old: new for (n, old), new in (renames or {}).items() if n == number}, base)
         sources.append(source)
     for block in blocks:
@@ -199,5 +198,4 @@ def tokens_of(sources: Sequence[Source]) -> dict[str, list[Tensor]]:
 def weight_shapes(base: Base) -> dict[str, torch.Size]:
     """Shape of the weight of every linear and convolution layer of UNet and text encoders, by `<component>.<path>`."""
     parts = {c: module for c, module in base.components().items() if c != "vae"}
-    layers = {f"{c}.{path}": m for c, module in parts.items() for path, m in weight_layers(module).items()}
-    return {layer: m.weight.shape for layer, m in layers.items()}
+    return {layer: m.weight.shape for layer, m in layers_of(parts).items()}

@@ -16,7 +16,7 @@ import numpy as np
 from lit_personalize.adapters.loaded import LoadedAdapter
 from lit_personalize.backbones.base import Base
 from lit_personalize.errors import UsageError
-from lit_personalize.export.loading import load_adapter
+from lit_personalize.export.loading import exports_of, load_adapter
 from lit_personalize.sampling.mixing import Prompt
 from lit_personalize.sampling.sampler import SamplingOptions, generate
 
@@ -27,11 +27,6 @@ class Source:
 
     label: str
     attach: Callable[[Base], LoadedAdapter]
-
-
-def exports_of(place: Path) -> Path:
-    """A run's exports, or the file or folder itself."""
-    return place / "exports" if (place / "exports").is_dir() else place
 
 
 def source_of(entry: str, force: bool = False) -> Source:

@@ -21,6 +21,7 @@ from lit_personalize.adapters.protocol import Adapter
 from lit_personalize.backbones.base import Base, Conditioning
 from lit_personalize.errors import UsageError
 from lit_personalize.sampling.heat_maps import HeatMaps
+from lit_personalize.sampling.local_blend import LocalBlend
 from lit_personalize.sampling.sampler import SamplingOptions, denoise
 from lit_personalize.sampling.words import AlignmentKind, Words, align, words_of
 
@@ -39,6 +40,8 @@ class EditOptions:
     """Largest side of self-attention maps that are taken over; None is a quarter of the latent's (16 of 64)."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Factors of the maps of words of the edited prompt, while cross-attention maps are taken over."""
+    blend: Sequence[str] = ()
+    """Words, of the source or of edits, outside of whose maps an edit is the source; none lets it change anywhere."""
 
     def __post_init__(self) -> None:
         for name, share in (("cross", self.cross_share), ("self", self.self_share)):
@@ -146,13 +149,14 @@ def edit_latents(
         seed: Of the noise that some schedulers add; all rows get the same.
 
     Raises:
-        UsageError: The prompts cannot be aligned, or unconditional states are given without guidance.
+        UsageError: The prompts cannot be aligned or blended, or unconditional states are given without guidance.
     """
     options, how = options or SamplingOptions(), how or EditOptions()
     if unconditional is not None and options.guidance == 1:
         raise UsageError("guidance 1 has no unconditional branch for null-text states; invert by ddim, or raise it")
     editor = MapEdit(base, source, edits, how, start.shape[-1]) if edits else None
     rows = 1 + len(edits)
+    blend = LocalBlend([words_of(base, p) for p in (source, *edits)], how.blend) if how.blend and edits else None
 
     def steer(number: int, count: int, told: Conditioning) -> Conditioning:
         if editor is not None:
@@ -164,8 +168,10 @@ def edit_latents(
 
     for adapter in adapters:
         adapter.refresh(base.dtype)
-    taps = [tap for tap in (editor, recorder) if tap is not None]
+    taps = [tap for tap in (blend, editor, recorder) if tap is not None]  # blend by maps that no edit has replaced
     with base.only(adapters), ExitStack() as stack:
         if taps:
             stack.enter_context(tapped(base, *taps, self_limit=editor.limit if editor else 0))
-        return denoise(base, [source, *edits], [seed] * rows, start.expand(rows, *start.shape[1:]), options, steer)
+        start = start.expand(rows, *start.shape[1:])
+        after_step = blend.blend if blend else None
+        return denoise(base, [source, *edits], [seed] * rows, start, options, steer, after_step)

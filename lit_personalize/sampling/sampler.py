@@ -94,11 +94,13 @@ def denoise(
     z: Tensor,
     options: SamplingOptions,
     steer: Steering | None = None,
+    after_step: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Take start noise `[N, C, h, w]` of unit variance to latents, under the adapters that are active.
 
     Args:
         seeds: One per picture, of the noise that some schedulers add.
+        after_step: Changes the latents that a step gave.
     """
     conditioning = condition(base, prompts)
     guided = options.guidance != 1
@@ -118,6 +120,7 @@ def denoise(
             unconditional, conditional = out.chunk(2)
             out = unconditional + options.guidance * (conditional - unconditional)
         z = schedulers.step(scheduler, out, t, z, seeds, number)
+        z = z if after_step is None else after_step(z)
     return z
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_personalize.configuration import instantiate, parse
+from lit_personalize.configuration import instantiate, parse, resolved_text
 from lit_personalize.list_replacement import replace_lists
+from lit_personalize.recipe_files import RECIPES, title_of
 
 CATS = "[{path: cats, class_noun: cat, token: <new1>, repeats: 3}]"
 FIRST = """\
@@ -116,3 +117,28 @@ def test_a_scheduler_of_the_learning_rate_is_named_like_an_optimizer(where: str,
     made = objective.configure_optimizers()["lr_scheduler"]
     assert isinstance(made["scheduler"], torch.optim.lr_scheduler.CosineAnnealingLR)
     assert made["scheduler"].T_max == 300 and made["interval"] == "step"
+
+
+def test_the_recipe_is_a_name_that_changes_nothing(first: str, tmp_path: Path) -> None:
+    def of(*arguments: str) -> str:
+        return str(parse([*arguments, "-c", first])[1].recipe)
+
+    assert of("-c", "lora/tinyworld", "-c", "hardware/8gb") == "lora"
+    assert of("-c", "lora/tinyworld", "-c", "custom_diffusion/tinyworld") == "custom_diffusion", "the last one wins"
+    assert of("-c", "lora/tinyworld", "--recipe", "ours") == "ours"
+    (tmp_path / "run.yaml").write_text((RECIPES / "lora" / "tinyworld.yaml").read_text() + "recipe: pivotal_tuning\n")
+    copy = str(tmp_path / "run.yaml")
+    assert of("-c", copy) == "pivotal_tuning"
+    (tmp_path / "run.yaml").write_text((RECIPES / "lora" / "tinyworld.yaml").read_text())
+    assert of("-c", copy) == "", "a file that says nothing"
+    texts = {resolved_text(*parse(["-c", where, "-c", first])) for where in ("lora/tinyworld", copy)}
+    (text,) = texts
+    assert "recipe" not in text, "or runs from before would not be finished"
+    (tmp_path / "again.yaml").write_text(text)
+    assert resolved_text(*parse(["-c", str(tmp_path / "again.yaml")])) == text
+
+
+def test_a_method_is_called_as_its_recipe_calls_it() -> None:
+    titles = {"custom_diffusion": "Custom Diffusion", "dreambooth_lora": "DreamBooth with LoRA", "b_lora": "B-LoRA"}
+    assert {method: title_of(method) for method in titles} == titles
+    assert [title_of(other) for other in ("ours", "", "..", "hardware")] == ["ours", "", "..", "hardware"]

@@ -87,6 +87,10 @@ def test_records(tmp_path: Path) -> None:
     assert first.startswith("litp fit --data 'my cat'  # 20") and second.startswith("litp fit  # 20")
     described = json.loads(run.write_env().read_text())
     assert described["versions"]["torch"] and described["python"] and described["cpus"] >= 1
+    assert run.recipe == "" and "recipe" not in described
+    run.write_record("name: cat\n", "custom_diffusion")
+    run.write_record("name: cat\n")
+    assert run.recipe == "custom_diffusion", "a start that names none keeps what is known"
     assert run.checkpoints.is_dir() and run.samples.is_dir() and run.exports.is_dir()
 
 

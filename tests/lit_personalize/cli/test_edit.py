@@ -18,7 +18,7 @@ def test_an_edit_leaves_pictures_a_grid_and_heat_maps(
     tiny_bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["a cat", "a dog", "a red cat", "--seeds", "3", "5", "--heat-maps", "--json", "-o", str(tmp_path / "out")]
-    assert main(["edit", *given, *FAST, str(tiny_bases["sd1"])]) == 0
+    assert main(["edit", *given, "--blend", "cat,dog", *FAST, str(tiny_bases["sd1"])]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [(p["prompt"], Path(p["file"]).name) for p in report["pictures"]] == [
         (prompt, f"{number:02d}_{seed}.png")
@@ -50,6 +50,8 @@ def test_a_photo_is_inverted_and_weighed(
         (["--weigh", "=2"], 2, "names no word"),
         (["--weigh", "dog=2"], 2, "no word 'dog'; its words are a, cat"),
         (["a red dog", "--kind", "replace"], 2, "as many words"),
+        (["--blend", "cat"], 2, "--blend says where an edit may change the picture; name an edit"),
+        (["a dog", "--blend", "cow"], 2, "no prompt has the word 'cow'"),
         (["--cross-share", "2"], 2, "the cross share is a part of the steps from 0 to 1, not 2"),
         (["--inversion", "ddim"], 2, "name one with --photo"),
         (["--refinements", "1"], 2, "name one with --photo"),

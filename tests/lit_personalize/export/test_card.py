@@ -143,6 +143,11 @@ def test_the_card_says_what_was_done(tiny_bases: dict[str, Path], train: Train, 
     for item in files:
         assert f"`exports/{item.name}`" in body and (run.exports / item.name).exists()
     assert "not checked" not in body and "`<new1>`" in body
+    assert "\nTrained with" in body and "| method |" not in body
+    (run.path / EVALUATION).unlink()
+    run.write_env("dreambooth_lora")
+    named = write_card(run, base, weights, files, PROMPTS, report).read_text()
+    assert "DreamBooth with LoRA, trained with" in named and "| method | DreamBooth with LoRA |" in named
     (run.path / EVALUATION).write_text("[]")
     with pytest.raises(DataError, match="not a report"):
         write_card(run, base, weights, files, PROMPTS, report)

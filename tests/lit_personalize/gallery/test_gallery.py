@@ -14,12 +14,14 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from lit_personalize.adapters.lora import LoRA
 from lit_personalize.backbones.loading import load_base
 from lit_personalize.cli.main import main
 from lit_personalize.export.card import write_card
 from lit_personalize.export.exporter import export
+from lit_personalize.export.files import write_safetensors
 from lit_personalize.export.verify import FileReport, VerifyReport
 from lit_personalize.gallery.cards import card_of, find_cards, prompts_for
 from lit_personalize.gallery.gallery_page import places_of
@@ -79,6 +81,18 @@ def test_a_card_says_what_the_records_say(runs: Path) -> None:
     assert [(s.prompt, s.seed, s.path.parent.name) for s in card.samples] == [(p, 0, "step-00000020") for p in PROMPTS]
     assert card.size == sum(path.stat().st_size for path in card.files) and "load_lora_weights" in card.loading
     assert (plain.name, plain.rank, plain.verified, plain.samples, plain.tokens) == ("plain", "3", False, [], [])
+
+
+def test_a_card_names_the_recipe_of_a_run_and_of_a_file(runs: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(runs / "cat & co", tmp_path / "copy")
+    RunDirectory(tmp_path, "copy").write_env("custom_diffusion")
+    assert card_of(copy).method == "Custom Diffusion"
+    for details, method in (('{"recipe": "lora"}', "LoRA"), ("[1]", "diffusers LoRA"), ("", "diffusers LoRA")):
+        write_safetensors(
+            tmp_path / "x.safetensors", load_file(runs / "plain/exports/pytorch_lora_weights.safetensors"),
+            {"litp.details": details},
+        )  # fmt: skip
+        assert card_of(tmp_path / "x.safetensors").method == method
 
 
 def test_a_file_that_was_not_checked_makes_the_adapter_unverified(runs: Path, tmp_path: Path) -> None:

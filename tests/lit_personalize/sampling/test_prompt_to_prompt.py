@@ -18,6 +18,7 @@ from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.loading import load_base
 from lit_personalize.errors import UsageError
 from lit_personalize.sampling.heat_maps import HeatMaps, save_overlays
+from lit_personalize.sampling.local_blend import LocalBlend
 from lit_personalize.sampling.prompt_to_prompt import EditOptions, MapEdit, edit_latents, tapped
 from lit_personalize.sampling.sampler import SamplingOptions, generate_latents, start_noise
 from lit_personalize.sampling.words import Words, align, words_of
@@ -184,6 +185,46 @@ def test_maps_of_an_edit_are_the_sources_in_their_share(base: Base) -> None:
     assert {is_cross for is_cross, _ in found[1.0]} == {True, False}
     assert all(difference == 0 for _, difference in found[1.0])
     assert all(difference > 0 for is_cross, difference in found[0.0] if is_cross)
+
+
+def test_outside_the_words_an_edit_is_its_source(base: Base) -> None:
+    """To the bit, and nowhere else; the mask is that of the maps of both words, averaged over the steps."""
+    start, free = start_noise(base, [4]), {"cross_share": 0.0, "self_share": 0.0}
+    plain = edit_latents(base, CAT, [DOG], start, (), OPTIONS, EditOptions(**free))  # type: ignore[arg-type]
+    assert not (plain[0] == plain[1]).any(), "or nothing would follow from equality"
+    recorder = HeatMaps(2)
+    how = EditOptions(**free, blend=["cat", "dog"])  # type: ignore[arg-type]
+    drawn = edit_latents(base, CAT, [DOG], start, (), OPTIONS, how, recorder=recorder)
+    assert torch.equal(drawn[0], plain[0]), "the source is drawn as ever"
+    size = drawn.shape[-2:]
+    maps_ = torch.nn.functional.interpolate(recorder.average(), size, mode="bilinear", align_corners=False)
+    acts = [maps_[row, words_of(base, prompt).positions(word)].sum(0) for row, prompt, word in
+            ((0, CAT, "cat"), (1, DOG, "dog"))]  # fmt: skip
+    mask = torch.stack([each > 0.3 * each.max() for each in acts]).any(0)
+    blend = LocalBlend([words_of(base, CAT), words_of(base, DOG)], ["cat", "dog"])
+    blend.maps = recorder
+    assert torch.equal(blend.masks(tuple(size))[0, 0], mask)
+    assert torch.equal((drawn[1] == drawn[0]).all(0), ~mask)
+
+
+def test_masks_follow_the_words() -> None:
+    """Two cells of four above 0.3 of the largest for the source's word, another for the edit's: their union."""
+    prompts = [words([5, 6], [(1, 2), (2, 3)], 6), Words(["w0", "new"], [(1, 2), (2, 3)], [0, 5, 9, 1, 1, 1], 3)]
+    maps_ = torch.full((2, 1, 4, 6), 0.1, dtype=torch.float64)
+    maps_[0, 0, :, 2] = torch.tensor([0.9, 0.28, 0.26, 0.0])
+    maps_[1, 0, :, 2] = torch.tensor([0.0, 0.0, 0.1, 0.8])
+    z = torch.randn(2, 4, 2, 2)
+    for named, expected in ((["w1", "new"], [1, 1, 0, 1]), (["w1"], [1, 1, 0, 0]), (["new"], [0, 0, 0, 1])):
+        blend = LocalBlend(prompts, named)
+        blend(AttentionProcessor("c", True), maps_)
+        mask = torch.tensor(expected, dtype=torch.bool).reshape(2, 2)
+        assert torch.equal(blend.masks((2, 2))[0, 0], mask)
+        mixed = blend.blend(z)
+        assert torch.equal(mixed[0], z[0]) and torch.equal(mixed[1], torch.where(mask, z[1], z[0]))
+    with pytest.raises(UsageError, match="no prompt has the word 'other'"):
+        LocalBlend(prompts, ["w1", "other"])
+    with pytest.raises(UsageError, match="'w0 w1' has none of the words"):
+        LocalBlend([prompts[0], prompts[1], prompts[0]], ["new"])
 
 
 @pytest.mark.parametrize(("share", "name"), [({"cross_share": 1.5}, "cross"), ({"self_share": -1}, "self")])

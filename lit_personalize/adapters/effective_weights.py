@@ -1,0 +1,63 @@
+"""Adapters that form whole changes of weights: each keeps its formula, and what they share stands here."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lit_personalize.adapters.protocol import Adapter
+from lit_personalize.adapters.shadow import WeightShadow
+from lit_personalize.backbones.base import Base
+
+
+class EffectiveWeights(Adapter):
+    """One fp32 factor for each changed parameter; the changes are formed once a step (`shadow.py`)."""
+
+    def __init__(
+        self, name: str, lr: float | None = None, weight_decay: float | None = None, span: tuple[float, float] = (0, 1)
+    ):
+        super().__init__(name, lr, weight_decay, span)
+        self._shadows: dict[str, WeightShadow] = {}
+
+    @abstractmethod
+    def choose(self, base: Base) -> Mapping[str, tuple[nn.Module, str]]:
+        """What changes, by the name of its factor: a module and the name of its parameter. Refuses what cannot be."""
+
+    def start(self, name: str) -> Tensor:
+        """The factor before training: zeros in the parameter's shape."""
+        return torch.zeros(self.frozen(name).shape)
+
+    def changes(self) -> Iterator[tuple[str, Tensor]]:
+        """Every change in its parameter's shape, with a gradient to the factors; here these are the changes."""
+        for name in self._shadows:
+            yield name, self.factor(name)
+
+    def frozen(self, name: str) -> Tensor:
+        """W0 of one factor."""
+        return self._shadows[name].frozen
+
+    def attach(self, base: Base, seed: int = 0) -> None:
+        if self.attached:
+            return
+        chosen = self.choose(base)
+        base.register(self)
+        for name, (module, parameter) in chosen.items():
+            self._shadows[name] = WeightShadow.of(module, parameter)
+            self.add_factor(name, self.start(name))
+        self.attached = True
+        self.refresh(base.dtype)
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        for name, change in self.changes() if self.active else ((name, None) for name in self._shadows):
+            self._shadows[name].set(self.name, change)
+
+    def set_active(self, active: bool) -> None:
+        if active != self.active:
+            self.active = active
+            self.refresh(torch.float32)
+
+    def layers(self) -> list[str]:
+        return list(self._shadows)
