@@ -187,21 +187,24 @@ def test_maps_of_an_edit_are_the_sources_in_their_share(base: Base) -> None:
     assert all(difference > 0 for is_cross, difference in found[0.0] if is_cross)
 
 
-def test_outside_the_words_an_edit_is_its_source(base: Base) -> None:
+def test_outside_the_words_an_edit_is_its_source() -> None:
     """To the bit, and nowhere else; the mask is that of the maps of both words, averaged over the steps."""
+    base = load_base("tinyworld")  # random weights attend alike everywhere
+    source, edit = "a yellow circle on a purple background", "a yellow square on a purple background"
     start, free = start_noise(base, [4]), {"cross_share": 0.0, "self_share": 0.0}
-    plain = edit_latents(base, CAT, [DOG], start, (), OPTIONS, EditOptions(**free))  # type: ignore[arg-type]
+    plain = edit_latents(base, source, [edit], start, (), OPTIONS, EditOptions(**free))  # type: ignore[arg-type]
     assert not (plain[0] == plain[1]).any(), "or nothing would follow from equality"
     recorder = HeatMaps(2)
-    how = EditOptions(**free, blend=["cat", "dog"])  # type: ignore[arg-type]
-    drawn = edit_latents(base, CAT, [DOG], start, (), OPTIONS, how, recorder=recorder)
+    how = EditOptions(**free, blend=["circle", "square"])  # type: ignore[arg-type]
+    drawn = edit_latents(base, source, [edit], start, (), OPTIONS, how, recorder=recorder)
     assert torch.equal(drawn[0], plain[0]), "the source is drawn as ever"
     size = drawn.shape[-2:]
     maps_ = torch.nn.functional.interpolate(recorder.average(), size, mode="bilinear", align_corners=False)
     acts = [maps_[row, words_of(base, prompt).positions(word)].sum(0) for row, prompt, word in
-            ((0, CAT, "cat"), (1, DOG, "dog"))]  # fmt: skip
+            ((0, source, "circle"), (1, edit, "square"))]  # fmt: skip
     mask = torch.stack([each > 0.3 * each.max() for each in acts]).any(0)
-    blend = LocalBlend([words_of(base, CAT), words_of(base, DOG)], ["cat", "dog"])
+    assert mask.any() and not mask.all()
+    blend = LocalBlend([words_of(base, source), words_of(base, edit)], ["circle", "square"])
     blend.maps = recorder
     assert torch.equal(blend.masks(tuple(size))[0, 0], mask)
     assert torch.equal((drawn[1] == drawn[0]).all(0), ~mask)
