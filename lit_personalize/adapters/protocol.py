@@ -101,13 +101,18 @@ class AdapterWeights:
         return {layer: self.delta(layer) for layer in self.layers()}
 
     def merge(self, other: AdapterWeights) -> AdapterWeights:
-        """Both sets together; a layer or token in both is an error, but for neurons without values, which unite."""
+        """Both sets together; neurons without values unite.
+
+        Raises:
+            UsageError: Another layer, or a token, is in both.
+        """
         merged = AdapterWeights()
         united = (set(self.neurons) & set(other.neurons)) - set(self.values) - set(other.values)
         for kind in (f.name for f in fields(self)):
             own, others = getattr(self, kind), getattr(other, kind)
             if both := (set(own) & set(others)) - (united if kind in ("dense", "neurons") else set()):
-                raise ValueError(f"two adapters change {sorted(both)[:3]}")
+                named = ", ".join(sorted(both)[:3])
+                raise UsageError(f"two adapters change {named}: name one of their files, or merge them (litp merge)")
             setattr(merged, kind, {**own, **others})
         for layer in united:
             one, two = self.dense[layer], other.dense[layer]

@@ -65,7 +65,7 @@ def import_files(
         found = read_foreign(path, base)
         try:
             weights = weights.merge(found)
-        except ValueError as error:
+        except UsageError as error:
             raise DataError(f"{path}: {error}; import it by itself") from error
     _check_widths(weights, base)
     if tokens and len(tokens) != len(weights.tokens):

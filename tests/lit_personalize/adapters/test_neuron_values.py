@@ -127,7 +127,7 @@ def test_what_has_no_neurons_is_refused(base: Base, tmp_path: Path) -> None:
         unite([trained, read_adapter(file, base)], ["trained", "mask"])
     with pytest.raises(UsageError, match="one is its own union"):
         unite([trained], ["trained"])
-    with pytest.raises(ValueError, match="two adapters change"):
+    with pytest.raises(UsageError, match="two adapters change"):
         trained.merge(read_adapter(file, base))
     with pytest.raises(DataError, match="holds 0 files"):
         NeuronValues(str(tmp_path)).attach(base)
