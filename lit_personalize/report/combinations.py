@@ -28,6 +28,7 @@ from lit_personalize.metrics import alignment
 from lit_personalize.report.measures import OPTIONS, Judges, seeds_of
 from lit_personalize.report.training import PHOTOS, RARE, Learned, Method, adapters_of, prepare, steps_of, train
 from lit_personalize.sampling.sampler import generate
+from lit_personalize.tinyworld.attributes import targets
 from lit_personalize.tinyworld.captions import background_phrase, caption
 from lit_personalize.tinyworld.concepts import HELD_OUT_CONCEPTS, Subject, subject_pictures
 from lit_personalize.tinyworld.dataset import sample_pictures
@@ -182,7 +183,9 @@ def _subject_in_style(
         adapter.attach(base)
     ways = {"subject alone": ["content"], "style alone": ["style"], "addition": ["content", "style"],
             "ZipLoRA": ["zipped"], "K-LoRA": ["selected"]}  # fmt: skip
-    asked = [PLACES[i % len(PLACES)] for i in range(ASKED)]
+    # A white texture is lost in the snow: nothing of such a subject could be read there.
+    clear = [place for place in PLACES if targets(styled_scene(subject, style, place, 0)).keys() & subject.attributes]
+    asked = [clear[i % len(clear)] for i in range(ASKED)]
     plain = [f"a {subject.class_noun} {background_phrase(place)}" for place in asked]
     prompts = [f"a {RARE} {said.removeprefix('a ')} in {STYLE_WORD} style" for said in plain]
     judges = Judges.of(weights)
