@@ -137,11 +137,14 @@ def judge(cells: Cells, order: Order) -> tuple[str, str]:
 
 
 def orders(cells: Cells) -> str:
-    rows = []
+    rows, total = [], len(SUBJECTS_FOR_SCIENCE) * len(SEEDS)
     for order in ORDERS:
         sign = "below" if order.lower else "above"
         claim = f"{order.figure}: {order.better} {sign} {order.worse}"
-        rows.append([claim, order.source, *judge(cells, order)])
+        found, said = judge(cells, order)
+        pairs = len(effect(of_subjects(cells), order.figure, order.better, order.worse))
+        partly = f" ({pairs} of {total} pairs so far)" if 0 < pairs < total else ""
+        rows.append([claim, order.source, found, said + partly])
     return lines_of(["claim", "paper", "effect here (first less second)", "verdict"], rows)
 
 
