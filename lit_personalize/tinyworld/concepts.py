@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from lit_personalize.tinyworld import vocabulary as v
 from lit_personalize.tinyworld.captions import background_phrase
-from lit_personalize.tinyworld.dataset import Pictures
+from lit_personalize.tinyworld.dataset import Pictures, write_photos_with
 from lit_personalize.tinyworld.render import render
 from lit_personalize.tinyworld.scene import Scene, Thing, contrasting, sample_split
 
@@ -141,9 +140,7 @@ def write_photos(subject: Subject, folder: Path, count: int, seed: int, word: st
     learned as part of the subject.
     """
     pictures = subject_pictures(subject, count, seed)
-    folder.mkdir(parents=True)
-    for i, (pixels, scene) in enumerate(zip(pictures.pixels, pictures.scenes, strict=True)):
-        Image.fromarray(pixels).save(folder / f"{i:05d}.png")
-        said = f"photo of a {word} {subject.class_noun} {background_phrase(scene.background)}"
-        (folder / f"{i:05d}.txt").write_text(said + "\n", encoding="utf-8")
+    called = f"photo of a {word} {subject.class_noun}"
+    captions = [f"{called} {background_phrase(scene.background)}" for scene in pictures.scenes]
+    write_photos_with(captions, pictures, folder)
     return pictures

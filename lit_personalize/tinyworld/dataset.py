@@ -73,6 +73,14 @@ def write_folder(pictures: Pictures, folder: Path, seed: int = 0) -> None:
         (folder / f"{i:05d}.json").write_text(json.dumps(scene.to_dict()), encoding="utf-8")
 
 
+def write_photos_with(captions: Iterable[str], pictures: Pictures, folder: Path) -> None:
+    """Write `00000.png` with its caption in `00000.txt` beside it into a new folder."""
+    folder.mkdir(parents=True)
+    for i, (pixels, said) in enumerate(zip(pictures.pixels, captions, strict=True)):
+        Image.fromarray(pixels).save(folder / f"{i:05d}.png")
+        (folder / f"{i:05d}.txt").write_text(said + "\n", encoding="utf-8")
+
+
 def write_shards(pictures: Pictures, folder: Path, per_shard: int = 1000, seed: int = 0) -> list[Path]:
     """Write img2dataset-style shards `00000.tar` with `jpg`, `txt` and `json` per sample."""
     rng = np.random.default_rng(seed)

@@ -10,13 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from lit_personalize.tinyworld import vocabulary as v
 from lit_personalize.tinyworld.attributes import targets
 from lit_personalize.tinyworld.captions import caption
 from lit_personalize.tinyworld.concepts import Subject
-from lit_personalize.tinyworld.dataset import Pictures
+from lit_personalize.tinyworld.dataset import Pictures, write_photos_with
 from lit_personalize.tinyworld.reader import Reader
 from lit_personalize.tinyworld.render import render
 from lit_personalize.tinyworld.scene import Scene, sample_body, sample_split, sample_thing, split_of
@@ -57,11 +56,8 @@ def style_pictures(style: str, count: int, seed: int = 0) -> Pictures:
 def write_style_photos(style: str, folder: Path, count: int, seed: int, word: str) -> Pictures:
     """Write pictures of a style, `NAME.png`, with captions that call it `word`, `NAME.txt`."""
     pictures = style_pictures(style, count, seed)
-    folder.mkdir(parents=True)
-    for i, (pixels, scene) in enumerate(zip(pictures.pixels, pictures.scenes, strict=True)):
-        Image.fromarray(pixels).save(folder / f"{i:05d}.png")
-        said = f"{caption(replace(scene, style='photo'))} in {word} style"
-        (folder / f"{i:05d}.txt").write_text(said + "\n", encoding="utf-8")
+    captions = [f"{caption(replace(scene, style='photo'))} in {word} style" for scene in pictures.scenes]
+    write_photos_with(captions, pictures, folder)
     return pictures
 
 
