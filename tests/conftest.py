@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import random
+import shutil
 import socket
 import sys
 from collections.abc import Generator, Iterator
@@ -19,6 +20,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if shutil.which("nvidia-smi") is None:  # read when Triton is first imported: its kernels run on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 @pytest.fixture(autouse=True)

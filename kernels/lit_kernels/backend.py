@@ -1,0 +1,69 @@
+"""Which implementation of an operator runs: `auto`, `triton`, `fallback` or `reference`.
+
+* "reference": the formula, readable, any dtype up to fp64.
+* "fallback": plain torch with few launches; runs everywhere and is never slower than what it replaces.
+* "triton": the fused kernels; they need a GPU, or Triton's interpreter (`TRITON_INTERPRET=1` set before the start).
+* "auto": "triton" on an NVIDIA GPU where the operator has a configuration for the case, else "fallback".
+
+The choice is logged once for every operator and reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+from typing import Literal, get_args
+
+import torch
+
+Backend = Literal["auto", "triton", "fallback", "reference"]
+Path = Literal["triton", "fallback", "reference"]
+log = logging.getLogger(__name__)
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def why_not_triton(device: torch.device) -> str:
+    """Why kernels cannot run on tensors of this device; empty where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cuda" and torch.version.hip is None:
+        return ""
+    if device.type == "cpu" and interpreting():
+        return ""
+    return f"Triton kernels need an NVIDIA GPU, not {device.type} (or TRITON_INTERPRET=1 set before the start)"
+
+
+def choose(operator: str, backend: Backend, device: torch.device, unsupported: str = "") -> Path:
+    """The path to take.
+
+    Args:
+        operator: For the log and for errors.
+        unsupported: Why the kernels of this operator have no configuration for the case; empty where they have one.
+
+    Raises:
+        ValueError: No such backend, or "triton" was asked for where it cannot run.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"unknown backend {backend!r}; use one of {', '.join(get_args(Backend))}")
+    if backend in ("fallback", "reference"):
+        return backend  # type: ignore[return-value]
+    reason = why_not_triton(device) or unsupported
+    if backend == "triton":
+        if reason:
+            raise ValueError(f"{operator}: {reason}; use backend='auto'")
+        return "triton"
+    if device.type == "cpu":  # the interpreter is for tests; nobody wants it by default
+        reason = reason or "the interpreter is slow"
+    _tell(operator, "fallback" if reason else "triton", reason)
+    return "fallback" if reason else "triton"
+
+
+@functools.cache
+def _tell(operator: str, path: str, reason: str) -> None:
+    log.info("%s: %s%s", operator, path, f" ({reason})" if reason else "")

@@ -1,0 +1,175 @@
+"""Ahead-of-time compiles for GPUs that need not be there: registers, spills, shared memory, occupancy.
+
+Every operator lists the forms of its kernels that it launches (`shipped()`); each is compiled for sm_80 and sm_90 with
+Triton's own compiler and read with the tools that Triton brings along. Nothing here needs a driver.
+
+    python -m lit_kernels.compiling [--arch 90] [--only text_kv] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+OPERATORS = ("text_kv",)
+ARCHITECTURES = (80, 90)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+"""Bytes of shared memory that one program may have (CUDA C++ Programming Guide, table of compute capabilities)."""
+SHARED_OF_SM = {80: 164 * 1024, 90: 228 * 1024}
+TENSOR_CORES = re.compile(r"\b(HGMMA|HMMA|QGMMA|DMMA)\b")
+LOCAL_MEMORY = re.compile(r"\b(STL|LDL)\b")
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """One form of a kernel that an operator launches.
+
+    Args:
+        config: What tells it from the operator's other forms, for people and as a key.
+        signature: Triton type of every argument in order: `*bf16`, `i32`, `fp32`, or `constexpr`.
+        constants: Values of the constexpr arguments.
+        divisible: Arguments that are divisible by 16, as pointers and row lengths are at real sizes.
+        dots: Whether the kernel multiplies matrices, which must then run on tensor cores.
+    """
+
+    kernel: Any
+    config: str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    divisible: tuple[str, ...] = ()
+    dots: bool = True
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.fn.__name__)
+
+
+@dataclass
+class Resources:
+    """What one form takes on one architecture; per thread, except shared memory per program."""
+
+    name: str
+    arch: str
+    config: str
+    registers: int
+    spills: int
+    """Bytes of local memory per thread; above 0 the kernel is not shipped."""
+    shared_bytes: int
+    tensor_core_instructions: int
+    warps_per_sm: int
+    """Warps that fit on one multiprocessor at once, of 64."""
+    faults: list[str] = field(default_factory=list)
+
+
+def shipped(operators: Sequence[str] = OPERATORS) -> Iterator[Shipped]:
+    """Every form of every kernel."""
+    for operator in operators:
+        for part in ("forward", "backward"):
+            module = f"lit_kernels.{operator}.{part}"
+            if importlib.util.find_spec(module) is not None:
+                yield from importlib.import_module(module).shipped()
+
+
+def compile_for(form: Shipped, arch: int) -> Resources:
+    """Compile one form; 1 to 10 seconds. Results stay in Triton's cache."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
+
+    names = list(form.signature)
+    source = ASTSource(
+        fn=JITFunction(form.kernel.fn),  # under the interpreter the decorator gives something else
+        signature=form.signature,
+        constexprs={(names.index(name),): value for name, value in form.constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in form.divisible},
+    )
+    options = {"num_warps": form.warps, "num_stages": form.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        sass = _tool("nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump said nothing of registers: {usage!r}")
+    registers, stack = int(found[1]), int(found[2])
+    shared = int(compiled.metadata.shared)
+    made = Resources(
+        name=form.name,
+        arch=f"sm_{arch}",
+        config=form.config,
+        registers=registers,
+        spills=stack,
+        shared_bytes=shared,
+        tensor_core_instructions=len(TENSOR_CORES.findall(sass)),
+        warps_per_sm=_warps_per_sm(arch, form.warps, registers, shared),
+    )
+    made.faults = _faults(form, arch, made, bool(LOCAL_MEMORY.search(sass)))
+    return made
+
+
+def _faults(form: Shipped, arch: int, made: Resources, local: bool) -> list[str]:
+    faults = []
+    if made.spills or local:
+        faults.append(f"spills {made.spills} bytes a thread")
+    if made.shared_bytes > SHARED_LIMIT[arch]:
+        faults.append(f"{made.shared_bytes} bytes of shared memory, {SHARED_LIMIT[arch]} are allowed")
+    if form.dots and not made.tensor_core_instructions:
+        faults.append("multiplies matrices without tensor cores")
+    if made.warps_per_sm < 4:
+        faults.append(f"only {made.warps_per_sm} warps fit on a multiprocessor")
+    return faults
+
+
+def _warps_per_sm(arch: int, warps: int, registers: int, shared: int) -> int:
+    """Warps of all programs that fit: registers are given out per warp by 256, shared memory by 1 KiB more each."""
+    by_registers = 65536 // (-(-registers * 32 // 256) * 256) // warps
+    by_shared = SHARED_OF_SM[arch] // (shared + 1024)
+    return min(by_registers, by_shared, 64 // warps) * warps
+
+
+def _tool(name: str, *arguments: str) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return subprocess.run([str(tool), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a table; 1 if a form has a fault."""
+    parser = argparse.ArgumentParser(prog="python -m lit_kernels.compiling", description=__doc__.partition("\n")[0])
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="default: all")
+    parser.add_argument("--only", action="append", choices=OPERATORS, help="default: all operators")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write them there")
+    given = parser.parse_args(arguments)
+    made = []
+    print(f"{'kernel':32} {'config':34} {'arch':6} {'regs':>4} {'spills':>6} {'shared':>7} {'mma':>5} {'warps':>5}")
+    for form in shipped(given.only or OPERATORS):
+        for arch in given.arch or ARCHITECTURES:
+            one = compile_for(form, arch)
+            made.append(one)
+            print(
+                f"{one.name:32} {one.config:34} {one.arch:6} {one.registers:4} {one.spills:6} {one.shared_bytes:7} "
+                f"{one.tensor_core_instructions:5} {one.warps_per_sm:5}  {'; '.join(one.faults)}",
+                flush=True,
+            )
+    if given.json:
+        given.json.write_text(json.dumps({"kernels": [asdict(one) for one in made]}, indent=1) + "\n")
+    return int(any(one.faults for one in made))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
