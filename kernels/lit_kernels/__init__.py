@@ -1,1 +1,5 @@
 """Fused operators for adapters and cross-attention, each beside its readable torch reference."""
+
+from lit_kernels.patching import Patch, patch, unpatch
+
+__all__ = ["Patch", "patch", "unpatch"]

@@ -40,16 +40,14 @@ def lay_side_by_side(tensors: Sequence[Tensor]) -> Tensor:
 def _whole(tensors: Sequence[Tensor]) -> Tensor | None:
     """The view that covers all of them, if they follow each other in one storage."""
     first = tensors[0]
-    if first.device.type == "meta" or isinstance(first, torch._subclasses.FakeTensor):
-        return None
     begin, rows = first.storage_offset(), 0
-    storage = first.untyped_storage().data_ptr()
+    storage = first.untyped_storage()._cdata  # the storage itself: meta tensors have no address
     for tensor in tensors:
         if (
             tensor.dtype != first.dtype
             or tensor.shape[1:] != first.shape[1:]
             or not tensor.is_contiguous()
-            or tensor.untyped_storage().data_ptr() != storage
+            or tensor.untyped_storage()._cdata != storage
             or tensor.storage_offset() != begin + rows * first[0].numel()
         ):
             return None

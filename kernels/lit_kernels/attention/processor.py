@@ -1,7 +1,7 @@
 """The one attention processor: a diffusers `Attention` processor with slots.
 
-* `key_value_source`: where the K and V of a cross-attention layer come from. None means the layer's
-  own `to_k` and `to_v`; a callable may compute the K and V of all layers in one launch.
+* `key_values`, an argument of the call (diffusers' `cross_attention_kwargs`): K and V of cross-attention layers by
+  name, where they were computed for all layers at once. A layer that is not in it uses its own `to_k` and `to_v`.
 * `detach_first_token`: no gradient through token 0's K and V (Custom Diffusion).
 * `tap`: receives the probabilities of this layer and may replace them (attention maps, prompt-to-prompt).
 * `tap_limit`: the tap is not called where there are more query tokens: the maps of large self-attention layers would
@@ -13,7 +13,7 @@ Nothing else sets a processor on a UNet.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lit_kernels.attention import reference
 
 Backend = Literal["auto", "sdpa", "reference"]
-KeyValueSource = Callable[["AttentionProcessor", Any, Tensor], tuple[Tensor, Tensor]]
+KeyValues = Mapping[str, tuple[Tensor, Tensor]]
 Tap = Callable[["AttentionProcessor", Tensor], Tensor | None]
 
 
@@ -35,16 +35,14 @@ class AttentionProcessor:
     is_cross: bool
     backend: Backend = "auto"
     detach_first_token: bool = False
-    key_value_source: KeyValueSource | None = None
     tap: Tap | None = None
     tap_limit: int | None = None
 
-    def key_value(self, attn: Any, states_BSE: Tensor) -> tuple[Tensor, Tensor]:
+    def key_value(self, attn: Any, states_BSE: Tensor, key_values: KeyValues | None = None) -> tuple[Tensor, Tensor]:
         """K and V `[B, S, C]` of this layer for `states_BSE`."""
-        if self.is_cross and self.key_value_source is not None:
-            key, value = self.key_value_source(self, attn, states_BSE)
-        else:
-            key, value = attn.to_k(states_BSE), attn.to_v(states_BSE)
+        if key_values is not None and self.name in key_values:
+            return key_values[self.name]
+        key, value = attn.to_k(states_BSE), attn.to_v(states_BSE)
         if self.is_cross and self.detach_first_token:
             key, value = reference.detach_first_token(key), reference.detach_first_token(value)
         return key, value
@@ -56,6 +54,7 @@ class AttentionProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
+        key_values: KeyValues | None = None,
     ) -> Tensor:
         """Apply the layer to `[B, T, C]` or `[B, C, h, w]`; K and V from `encoder_hidden_states` if given."""
         residual, shape = hidden_states, hidden_states.shape
@@ -73,7 +72,7 @@ class AttentionProcessor:
         if encoder_hidden_states is not None and attn.norm_cross:
             text = attn.norm_encoder_hidden_states(text)
         query = self._heads(attn, attn.to_q(hidden_states))
-        key, value = (self._heads(attn, x) for x in self.key_value(attn, text))
+        key, value = (self._heads(attn, x) for x in self.key_value(attn, text, key_values))
         if attn.norm_q is not None:
             query = attn.norm_q(query)
         if attn.norm_k is not None:

@@ -47,19 +47,16 @@ def test_install_twice_keeps_slots(unet: UNet2DConditionModel) -> None:
     assert install(unet) == first
 
 
-def test_key_value_source_replaces_projections(unet: UNet2DConditionModel) -> None:
+def test_given_keys_and_values_replace_a_layers_own(unet: UNet2DConditionModel) -> None:
     z, t, text = _inputs()
-    seen = []
+    layers = {name: unet.get_submodule(name) for name, p in install(unet).items() if p.is_cross}
     with torch.no_grad():
-        plain = [p for p in install(unet).values() if p.is_cross]
         expected = unet(z, t, text).sample
-        for processor in plain:
-            processor.key_value_source = lambda p, attn, s: (seen.append(p.name), (attn.to_k(s), attn.to_v(s)))[1]
-        torch.testing.assert_close(unet(z, t, text).sample, expected)
-        assert sorted(seen) == sorted(p.name for p in plain)
-        for processor in plain:
-            processor.key_value_source = lambda p, attn, s: (attn.to_k(0 * s), attn.to_v(0 * s))
-        assert not torch.allclose(unet(z, t, text).sample, expected)
+        own = {name: (attn.to_k(text), attn.to_v(text)) for name, attn in layers.items()}
+        found = unet(z, t, text, cross_attention_kwargs={"key_values": own}).sample
+        assert torch.equal(found, expected)
+        others = {name: (0 * key, 0 * value) for name, (key, value) in own.items()}
+        assert not torch.allclose(unet(z, t, text, cross_attention_kwargs={"key_values": others}).sample, expected)
 
 
 def test_tap_sees_and_may_replace_probabilities(unet: UNet2DConditionModel) -> None:

@@ -1,0 +1,91 @@
+"""`patch(unet)`: the operators of this package inside any diffusers UNet, with or without PEFT, until `unpatch(unet)`.
+
+Nothing of the UNet's state changes: parameters stay the same objects under the same names, and files that are saved
+from a patched UNet are those of a stock one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from lit_kernels.attention.processor import AttentionProcessor, install
+from lit_kernels.backend import Backend
+from lit_kernels.slices import projection_of
+from lit_kernels.text_kv.source import TextKeyValues
+
+Operator = Literal["text_kv"]
+STOCK = ("AttnProcessor", "AttnProcessor2_0")
+
+
+@dataclass
+class Patch:
+    """What was put into a UNet, and what undoes it."""
+
+    layers: dict[str, list[str]] = field(default_factory=dict)
+    """By operator, the layers that it serves."""
+    left: dict[str, str] = field(default_factory=dict)
+    """Layers that compute as before, and why."""
+    processors: dict[str, Any] = field(default_factory=dict)
+    """Processors that were there before, where they were not ours."""
+    hooks: list[Any] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{operator}: {len(names)} layers" for operator, names in self.layers.items()]
+        return "\n".join([*lines, *(f"left: {name} ({why})" for name, why in self.left.items())])
+
+
+def patch(unet: nn.Module, ops: Literal["auto"] | Sequence[Operator] = "auto", backend: Backend = "auto") -> Patch:
+    """Let a UNet of SD1, SD2 or SDXL use the operators `ops`; "auto" means all of them.
+
+    Adapters may come and go afterwards: layers are read anew in every forward pass. A layer that carries something
+    else than plain LoRA (DoRA, dropout while training) computes as before.
+
+    Raises:
+        ValueError: An unknown operator, a UNet that is patched already, or one with attention processors of others
+            (IP-Adapter, custom ones), which this would silently replace.
+    """
+    wanted = list(get_args(Operator)) if ops == "auto" else list(ops)
+    if unknown := [name for name in wanted if name not in get_args(Operator)]:
+        raise ValueError(f"unknown operator {unknown[0]!r}; there are {', '.join(get_args(Operator))}")
+    if hasattr(unet, "_lit_patch"):
+        raise ValueError("this UNet is patched; call lit_kernels.unpatch(unet) first")
+    if getattr(unet, "encoder_hid_proj", None) is not None:
+        raise ValueError("this UNet projects its text first (encoder_hid_proj: IP-Adapter and the like)")
+    made = Patch(processors=_foreign_processors(unet))
+    cross = {name: unet.get_submodule(name) for name, p in install(unet).items() if p.is_cross}
+    if "text_kv" in wanted:
+        made.layers["text_kv"] = list(cross)
+        for name, layer in cross.items():
+            for part in ("to_k", "to_v"):
+                if isinstance(found := projection_of(getattr(layer, part)), str):
+                    made.left[f"{name}.{part}"] = found
+        made.hooks.append(unet.register_forward_pre_hook(TextKeyValues(cross, backend), with_kwargs=True))
+    object.__setattr__(unet, "_lit_patch", made)
+    return made
+
+
+def unpatch(unet: nn.Module) -> None:
+    """Undo `patch`; a UNet that is not patched stays as it is."""
+    made: Patch | None = unet.__dict__.pop("_lit_patch", None)
+    if made is None:
+        return
+    for hook in made.hooks:
+        hook.remove()
+    for name, processor in made.processors.items():
+        unet.get_submodule(name).set_processor(processor)  # type: ignore[operator]
+
+
+def _foreign_processors(unet: nn.Module) -> dict[str, Any]:
+    found = {}
+    for name, module in unet.named_modules():
+        processor = getattr(module, "processor", None)
+        if processor is None or isinstance(processor, AttentionProcessor):
+            continue
+        if type(processor).__name__ not in STOCK:
+            raise ValueError(f"{name} has a {type(processor).__name__}; remove it before patching")
+        found[name] = processor
+    return found

@@ -1,0 +1,66 @@
+"""What a linear layer computes, read from the layer: plain, or with PEFT's LoRA around it.
+
+PEFT itself is not imported: its layers are known by what they carry (`base_layer`, `lora_A`, `lora_B`, `scaling`),
+which is also how adapters look that own their factors and lend PEFT's layers a view of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Projection:
+    """y = x Wᵀ + s · (x Aᵀ) Bᵀ, or without A and B."""
+
+    weight: Tensor
+    """W `[out, in]`."""
+    down: Tensor | None = None
+    """A `[R, in]`."""
+    up: Tensor | None = None
+    """B `[out, R]`."""
+    scale: float = 1.0
+    bias: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """R; 0 without factors."""
+        return 0 if self.down is None else len(self.down)
+
+
+def projection_of(layer: nn.Module) -> Projection | str:
+    """What the layer computes now; a string says why it cannot be read.
+
+    Several active adapters become one: their factors stand side by side, their scales are multiplied into B.
+    """
+    if not hasattr(layer, "lora_A"):
+        if type(layer) is not nn.Linear:
+            return f"it is a {type(layer).__name__}"
+        return Projection(layer.weight, bias=layer.bias)
+    peft: Any = layer
+    base = peft.get_base_layer()
+    if type(base) is not nn.Linear:
+        return f"its base is a {type(base).__name__}"
+    plain = Projection(base.weight, bias=base.bias)
+    active = [] if peft.disable_adapters or peft.merged else [n for n in peft.active_adapters if n in peft.lora_A]
+    found: list[tuple[Tensor, Tensor, float]] = []
+    for name in active:
+        if name in peft.lora_variant:
+            return f"adapter {name!r} is not plain LoRA"
+        if not isinstance(peft.lora_dropout[name], nn.Identity) and peft.training:
+            return f"adapter {name!r} has dropout"
+        if peft.lora_B[name].bias is not None:
+            return f"adapter {name!r} has a bias"
+        found.append((peft.lora_A[name].weight, peft.lora_B[name].weight, float(peft.scaling[name])))
+    if not found:
+        return plain
+    if len(found) == 1:
+        plain.down, plain.up, plain.scale = found[0]
+        return plain
+    plain.down = torch.cat([down for down, _, _ in found])
+    plain.up = torch.cat([up * scale for _, up, scale in found], dim=1)
+    return plain

@@ -1,0 +1,90 @@
+"""K and V of a UNet's cross-attention layers, computed once before each of its forward passes.
+
+A hook in front of the UNet's `forward` projects the text for all layers and hands the results on as diffusers'
+`cross_attention_kwargs`. They are arguments like any other: a block that recomputes its activations in the backward
+pass (gradient checkpointing) is given the same ones, and two passes with one text but other adapters do not meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_kernels.attention.processor import AttentionProcessor, KeyValues
+from lit_kernels.backend import Backend
+from lit_kernels.packing import lay_side_by_side
+from lit_kernels.slices import Projection, projection_of
+from lit_kernels.text_kv.function import text_key_values
+
+
+class TextKeyValues:
+    """A forward pre-hook of a UNet.
+
+    Args:
+        layers: Cross-attention layers by name, as their processors name them.
+        backend: Of `text_key_values`.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], backend: Backend = "auto"):
+        self.layers = dict(layers)
+        self.backend = backend
+        self._scales: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
+
+    def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
+        given = kwargs.get("cross_attention_kwargs") or {}
+        kwargs = {**kwargs, "cross_attention_kwargs": {**given, "key_values": self.of(text)}}
+        return args, kwargs
+
+    def of(self, text_BSD: Tensor) -> KeyValues:
+        """K and V `[B, S, C]` by layer name; layers that cannot be read are left out and compute their own."""
+        detach = {name: self._detaches(layer) for name, layer in self.layers.items()}
+        groups: dict[tuple[int, bool], list[tuple[str, Projection]]] = {}
+        for name, layer in self.layers.items():
+            for part in ("to_k", "to_v"):
+                found = projection_of(getattr(layer, part))
+                if isinstance(found, Projection) and found.bias is None:
+                    groups.setdefault((found.rank, detach[name]), []).append((f"{name}.{part}", found))
+        values: dict[str, Tensor] = {}
+        for (rank, first_detached), members in groups.items():
+            # Slices of one width follow each other, so that paths which take one width at a time copy nothing.
+            members.sort(key=lambda member: len(member[1].weight))
+            projections = [projection for _, projection in members]
+            _keep_together(projections)
+            scales = self._scales_of(projections, text_BSD.device) if rank else None
+            found = text_key_values(
+                text_BSD, [p.weight for p in projections], _factors(projections, "down"), _factors(projections, "up"),
+                scales, first_detached, self.backend,
+            )  # fmt: skip
+            values |= dict(zip((name for name, _ in members), found, strict=True))
+        both = [name for name in self.layers if f"{name}.to_k" in values and f"{name}.to_v" in values]
+        return {name: (values[f"{name}.to_k"], values[f"{name}.to_v"]) for name in both}
+
+    def _scales_of(self, projections: list[Projection], device: torch.device) -> Tensor:
+        """Kept, so that a step copies nothing to the GPU."""
+        key = (tuple(p.scale for p in projections), device)
+        if key not in self._scales:
+            self._scales[key] = torch.tensor(key[0], dtype=torch.float32, device=device)
+        return self._scales[key]
+
+    @staticmethod
+    def _detaches(layer: Any) -> bool:
+        processor = layer.processor
+        return isinstance(processor, AttentionProcessor) and processor.detach_first_token
+
+
+def _factors(projections: list[Projection], name: str) -> list[Tensor]:
+    return [factor for p in projections if (factor := getattr(p, name)) is not None]
+
+
+def _keep_together(projections: list[Projection]) -> None:
+    """Lay frozen weights, and factors that are parameters, side by side; once, and again after a move to a device."""
+    for name in ("weight", "down", "up"):
+        tensors = [tensor for p in projections if (tensor := getattr(p, name)) is not None]
+        owned = all(isinstance(tensor, nn.Parameter) for tensor in tensors)
+        alike = len({(t.dtype, t.device, t.shape[1:]) for t in tensors}) == 1
+        if tensors and owned and alike and not torch.compiler.is_compiling():
+            lay_side_by_side(tensors)
