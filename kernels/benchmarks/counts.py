@@ -45,7 +45,8 @@ TARGETS = {
 }
 VIEWS = {
     "view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "split", "split_with_sizes", "slice",
-    "select", "unbind", "_unsafe_view", "_reshape_alias", "detach", "alias", "as_strided", "chunk", "unflatten", "lift_fresh",
+    "select", "unbind", "_unsafe_view", "_reshape_alias", "detach", "alias", "as_strided", "chunk", "unflatten",
+    "lift_fresh",
 }  # fmt: skip
 
 

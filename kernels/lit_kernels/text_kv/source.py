@@ -55,11 +55,11 @@ class TextKeyValues:
             projections = [projection for _, projection in members]
             _keep_together(projections)
             scales = self._scales_of(projections, text_BSD.device) if rank else None
-            found = text_key_values(
+            projected = text_key_values(
                 text_BSD, [p.weight for p in projections], _factors(projections, "down"), _factors(projections, "up"),
                 scales, first_detached, self.backend,
             )  # fmt: skip
-            values |= dict(zip((name for name, _ in members), found, strict=True))
+            values |= dict(zip((name for name, _ in members), projected, strict=True))
         both = [name for name in self.layers if f"{name}.to_k" in values and f"{name}.to_v" in values]
         return {name: (values[f"{name}.to_k"], values[f"{name}.to_v"]) for name in both}
 
