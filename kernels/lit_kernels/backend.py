@@ -21,6 +21,8 @@ import torch
 Backend = Literal["auto", "triton", "fallback", "reference"]
 Path = Literal["triton", "fallback", "reference"]
 log = logging.getLogger(__name__)
+# Whether a*b+c is rounded once: Triton changes its default, our numbers are not to change with it.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 def interpreting() -> bool:

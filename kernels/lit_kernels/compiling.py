@@ -3,7 +3,7 @@
 Every operator lists the forms of its kernels that it launches (`shipped()`); each is compiled for sm_80 and sm_90 with
 Triton's own compiler and read with the tools that Triton brings along. Nothing here needs a driver.
 
-    python -m lit_kernels.compiling [--arch 90] [--only text_kv] [--json FILE]
+    litp profile compile            (or, without the trainer: python -m lit_kernels.compiling --only text_kv)
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -149,27 +152,59 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(tool), *arguments], capture_output=True, text=True, check=True).stdout
 
 
+def compile_all(
+    operators: Sequence[str] = OPERATORS, architectures: Sequence[int] = ARCHITECTURES, jobs: int = 1
+) -> Iterator[Resources]:
+    """Compile every form for every architecture, in `jobs` processes; results come in order."""
+    tasks = [(name, i, arch) for name in operators for i in range(len(list(shipped([name])))) for arch in architectures]
+    # Processes of their own: where Triton interprets kernels, its own functions are no longer compilable.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_without_the_interpreter) as pool:
+        yield from pool.map(_compile, tasks)
+
+
+def _without_the_interpreter() -> None:
+    os.environ["TRITON_INTERPRET"] = "0"
+
+
+def _compile(task: tuple[str, int, int]) -> Resources:
+    operator, number, arch = task
+    return compile_for(list(shipped([operator]))[number], arch)
+
+
+def as_dict(made: Sequence[Resources]) -> dict[str, Any]:
+    """What is stored and compared: the compiler and what each form takes."""
+    return {"triton": version("triton"), "kernels": [asdict(one) for one in made]}
+
+
+def results_name() -> str:
+    """Of the file in `kernels/benchmarks/results` for the compiler that is installed."""
+    return f"compile-triton-{version('triton')}.json"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table; 1 if a form has a fault."""
     parser = argparse.ArgumentParser(prog="python -m lit_kernels.compiling", description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="default: all")
     parser.add_argument("--only", action="append", choices=OPERATORS, help="default: all operators")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write them there")
     given = parser.parse_args(arguments)
-    made = []
-    print(f"{'kernel':32} {'config':34} {'arch':6} {'regs':>4} {'spills':>6} {'shared':>7} {'mma':>5} {'warps':>5}")
-    for form in shipped(given.only or OPERATORS):
-        for arch in given.arch or ARCHITECTURES:
-            one = compile_for(form, arch)
-            made.append(one)
-            print(
-                f"{one.name:32} {one.config:34} {one.arch:6} {one.registers:4} {one.spills:6} {one.shared_bytes:7} "
-                f"{one.tensor_core_instructions:5} {one.warps_per_sm:5}  {'; '.join(one.faults)}",
-                flush=True,
-            )
-    if given.json:
-        given.json.write_text(json.dumps({"kernels": [asdict(one) for one in made]}, indent=1) + "\n")
-    return int(any(one.faults for one in made))
+    faults = 0
+    print(HEADER)
+    for one in compile_all(given.only or OPERATORS, given.arch or ARCHITECTURES):
+        print(line_of(one), flush=True)
+        faults += len(one.faults)
+    return int(faults > 0)
+
+
+HEADER = f"{'kernel':30} {'form':38} {'arch':6} registers  spills  shared  tensor-core  warps/SM"
+
+
+def line_of(one: Resources) -> str:
+    """A line of the table under `HEADER`."""
+    return (
+        f"{one.name:30} {one.config:38} {one.arch:6} {one.registers:9} {one.spills:7} {one.shared_bytes:7} "
+        f"{one.tensor_core_instructions:12} {one.warps_per_sm:9}  {'; '.join(one.faults)}"
+    ).rstrip()
 
 
 if __name__ == "__main__":

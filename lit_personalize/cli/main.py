@@ -25,6 +25,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "data": ("data", "check the pictures of a configuration, or draw what the model sees"),
     "gallery": ("gallery", "write a page of adapters with their pictures and files"),
     "runs": ("runs", "list runs, or show one"),
+    "profile": ("profile", "show where a step's time goes, and what kernels take"),
     "doctor": ("doctor", "report versions, devices and known problems"),
     "world": ("world", "render pictures of the embedded world, or build its base"),
 }

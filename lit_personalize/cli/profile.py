@@ -1,0 +1,60 @@
+"""`litp profile`: where a training step's time goes, what kernels take, and what their compiler makes of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from lit_personalize.atomic import write_text
+from lit_personalize.cli.console import add_json, configure_logging, emit
+from lit_personalize.errors import UsageError
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="litp profile", description="Measure kernels, steps and compiles.")
+    parts = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    compiles = parts.add_parser(
+        "compile",
+        help="registers, spills, shared memory and occupancy of every kernel; needs no GPU",
+        description="Compile every form of every kernel for sm_80 and sm_90 and show what it takes. Needs no GPU. "
+        "Exit code 4 if one spills, takes too much shared memory or multiplies without tensor cores.",
+    )
+    compiles.add_argument("--arch", type=int, action="append", metavar="80|90", help="only this architecture")
+    compiles.add_argument("--only", action="append", metavar="OPERATOR", help="only this operator")
+    compiles.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    compiles.add_argument("--out", type=Path, metavar="DIR", help="also write compile-triton-VERSION.json there")
+    add_json(compiles)
+    options = parser.parse_args(arguments)
+    configure_logging()
+    return _compile(options)
+
+
+def _compile(options: argparse.Namespace) -> int:
+    from lit_kernels import compiling
+
+    for given, known, what in (
+        (options.arch, compiling.ARCHITECTURES, "architecture"),
+        (options.only, compiling.OPERATORS, "operator"),
+    ):
+        if wrong := [value for value in given or () if value not in known]:
+            raise UsageError(f"unknown {what} {wrong[0]!r}; there are {', '.join(map(str, known))}")
+    if not options.json:
+        print(compiling.HEADER, flush=True)
+    made = []
+    operators, architectures = options.only or compiling.OPERATORS, options.arch or compiling.ARCHITECTURES
+    for one in compiling.compile_all(operators, architectures, max(1, options.jobs)):
+        made.append(one)
+        if not options.json:
+            print(compiling.line_of(one), flush=True)
+    report = compiling.as_dict(made)
+    if options.json:
+        emit(report, True)
+    if options.out is not None:
+        write_text(options.out / compiling.results_name(), json.dumps(report, indent=1) + "\n")
+    bad = [one for one in made if one.faults]
+    for one in bad:
+        print(f"{one.name}, {one.config}, {one.arch}: {'; '.join(one.faults)}", file=sys.stderr)
+    return 4 if bad else 0
