@@ -1,6 +1,6 @@
 """What a training step does at real size, counted on fake tensors: operators and saved bytes.
 
-    python kernels/benchmarks/counts.py [--size sdxl] [--json FILE]
+    python kernels/benchmarks/counts.py [--size sdxl] [--out kernels/benchmarks/results]
 
 A UNet of SD1.5 or SDXL with LoRA does one forward and backward pass on fake tensors. Every operator that would launch
 something is counted (views are not), and every tensor that autograd keeps for the backward pass, once per storage.
@@ -112,8 +112,8 @@ def build(size: str, targets: str, rank: int = 8, factors: torch.dtype = torch.f
     return unet
 
 
-def step(unet: Any, batch: int = 1) -> None:
-    """One forward and backward pass, text of 77 tokens."""
+def forward(unet: Any, batch: int = 1) -> torch.Tensor:
+    """The prediction at the UNet's native side, for text of 77 tokens."""
     config = unet.config
     side, dtype = config.sample_size, torch.bfloat16
     z = torch.empty(batch, 4, side, side, dtype=dtype)
@@ -123,7 +123,7 @@ def step(unet: Any, batch: int = 1) -> None:
     if config.addition_embed_type:
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         extra = {"text_embeds": torch.empty(batch, pooled, dtype=dtype), "time_ids": torch.empty(batch, 6, dtype=dtype)}
-    unet(z, torch.ones(batch, dtype=torch.long), text, added_cond_kwargs=extra).sample.float().mean().backward()
+    return unet(z, torch.ones(batch, dtype=torch.long), text, added_cond_kwargs=extra).sample  # type: ignore[no-any-return]
 
 
 def count(size: str, targets: str, prepare: Callable[[Any], Any] = lambda unet: None, **options: Any) -> Counts:
@@ -137,17 +137,17 @@ def count(size: str, targets: str, prepare: Callable[[Any], Any] = lambda unet: 
                     fake = torch.empty(weight.shape, dtype=weight.dtype)
                     module._parameters[name] = torch.nn.Parameter(fake, weight.requires_grad)
         prepare(unet)
-        step(unet)  # what is done once is not counted
-        unet.zero_grad()
+        with torch.no_grad():
+            forward(unet)  # what is done once is not counted
         with counting(unet) as counts:
-            step(unet)
+            forward(unet).float().mean().backward()
     return counts
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--size", action="append", choices=SIZES)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, help="write counts.json there")
     given = parser.parse_args()
     import lit_kernels
 
@@ -163,8 +163,9 @@ def main() -> int:
                 found[f"{size} {targets} {way}"] = {"launches": counts.launches, "saved_bytes": counts.saved_bytes}
                 saved = f"{counts.saved_bytes / 1e9:6.3f} GB saved"
                 print(f"{size:5} {targets:12} {way:8} {counts.launches:7} launches {saved}", flush=True)
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=1) + "\n")
+    if given.out:
+        report = {"torch": torch.__version__.partition("+")[0], "steps": found}
+        (given.out / "counts.json").write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 

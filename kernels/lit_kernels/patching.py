@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from lit_kernels.attention.processor import AttentionProcessor, install
-from lit_kernels.backend import Backend
+from lit_kernels.backend import Backend, why_not_triton
 from lit_kernels.slices import projection_of
 from lit_kernels.text_kv.source import TextKeyValues
 
@@ -55,6 +55,8 @@ def patch(unet: nn.Module, ops: Literal["auto"] | Sequence[Operator] = "auto", b
         raise ValueError("this UNet is patched; call lit_kernels.unpatch(unet) first")
     if getattr(unet, "encoder_hid_proj", None) is not None:
         raise ValueError("this UNet projects its text first (encoder_hid_proj: IP-Adapter and the like)")
+    if backend == "triton" and (reason := why_not_triton(next(unet.parameters()).device)):
+        raise ValueError(reason)
     made = Patch(processors=_foreign_processors(unet))
     cross = {name: unet.get_submodule(name) for name, p in install(unet).items() if p.is_cross}
     if "text_kv" in wanted:

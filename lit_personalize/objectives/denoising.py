@@ -7,7 +7,7 @@ Subclasses change `sample_weights` or `loss`; the training step is that of every
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class Denoising(Objective):
         vae_dtype: Of the VAE; None is fp32 for SDXL in fp16, else `dtype`.
         base_config: Configs and tokenizers for a single-file base.
         gradient_checkpointing: Recompute UNet activations in the backward pass.
+        kernels: Whether the UNet uses the operators of `lit_kernels`: "auto" on an NVIDIA GPU; "off" nowhere; or always
+            a backend, "triton", "fallback" or "reference". The mathematics is the same, roundings are not.
     """
 
     def __init__(
@@ -60,11 +62,12 @@ class Denoising(Objective):
         base_config: str | None = None,
         gradient_checkpointing: bool = False,
         zero_terminal_snr: bool = False,
+        kernels: Literal["auto", "off", "triton", "fallback", "reference"] = "auto",
     ):
         base_options: dict[str, Any] = {"dtype": dtype, "vae_dtype": vae_dtype, "config": base_config}
         base_options["zero_terminal_snr"] = zero_terminal_snr
         optimizer = optimizer or torch.optim.AdamW
-        super().__init__(base, adapters, optimizer, lr_scheduler, seed, base_options, gradient_checkpointing)
+        super().__init__(base, adapters, optimizer, lr_scheduler, seed, base_options, gradient_checkpointing, kernels)
         self.snr_gamma = snr_gamma
         self.noise_offset = noise_offset
         self.caption_dropout = caption_dropout

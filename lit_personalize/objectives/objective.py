@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+import lit_kernels
 from lit_personalize.adapters.protocol import Adapter
 from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.loading import load_base
@@ -55,6 +56,7 @@ class Objective(pl.LightningModule):
         seed: int,
         base_options: dict[str, Any],
         gradient_checkpointing: bool,
+        kernels: str,
     ):
         super().__init__()
         if not adapters:
@@ -66,6 +68,7 @@ class Objective(pl.LightningModule):
         self.seed = seed
         self.base_options = base_options
         self.gradient_checkpointing = gradient_checkpointing
+        self.kernels = kernels
         self.draws = 0
         """Training batches drawn so far; the step that keys every random draw."""
         self.base: Base | None = None
@@ -158,7 +161,8 @@ class Objective(pl.LightningModule):
         return Batch.of(batch).to(device)
 
     def on_train_start(self) -> None:
-        """Count the optimizer steps of the whole training, of which adapters take their shares."""
+        """Count the optimizer steps of the whole training, of which adapters take their shares; fuse the UNet."""
+        self._fuse()
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             steps = sys.maxsize
@@ -175,6 +179,18 @@ class Objective(pl.LightningModule):
                     "goes on, but is not the one that it would have been", name, *before, *span,
                 )  # fmt: skip
         self._spans = spans
+
+    def _fuse(self) -> None:
+        """Put the operators of `lit_kernels` into the UNet, where `kernels` says so."""
+        unet = self.built.unet
+        lit_kernels.unpatch(unet)
+        if self.kernels == "off" or (self.kernels == "auto" and self.device.type != "cuda"):
+            return
+        try:
+            made = lit_kernels.patch(unet, backend=cast(lit_kernels.Backend, self.kernels))
+        except ValueError as error:
+            raise UsageError(f"kernels: {self.kernels}: {error}; kernels: off trains without them") from error
+        log.info("kernels: %s", str(made).replace("\n", "; "))
 
     def on_train_batch_start(self, batch: Mapping[str, Any] | Batch, batch_idx: int) -> None:
         """Tell adapters the optimizer step."""
