@@ -229,7 +229,7 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> bool:
     if found:
         whole = f"{steps}" if steps >= 0 else f"{built.trainer.max_epochs} epochs"
         log.info("run %s: resumed at step %d of %s", run.name, found.step, whole)
-    _quiet_lightning()
+    quiet_lightning()
     trainer = build_trainer(built, run, found.step if found else 0)
     # Only here is the checkpoint read, and found to fit or not.
     others = OtherRanks()
@@ -260,7 +260,7 @@ def _out_of_time(trainer: pl.Trainer) -> bool:
     return any(left is not None and left <= 0 for left in (timer.time_remaining() for timer in timers))
 
 
-def _quiet_lightning() -> None:
+def quiet_lightning() -> None:
     """Leave out Lightning's notices that do not apply to a run with its own cursor and checkpoints."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`.*")

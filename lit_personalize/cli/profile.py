@@ -27,9 +27,33 @@ def main(arguments: list[str]) -> int:
     compiles.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     compiles.add_argument("--out", type=Path, metavar="DIR", help="also write compile-triton-VERSION.json there")
     add_json(compiles)
-    options = parser.parse_args(arguments)
+    step = parts.add_parser(
+        "step",
+        help="where a training step's time goes, by phase, layer and operator",
+        description="Train some steps of a configuration and show where their time goes; all further options are those "
+        "of litp fit. Writes step.json, step.png and trace.json.gz into the run's folder profile/ and nothing else.",
+    )
+    step.add_argument("--steps", type=int, default=10, help="timed steps (default: 10)")
+    add_json(step)
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.what != "step":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     configure_logging()
-    return _compile(options)
+    return _step(options, rest) if options.what == "step" else _compile(options)
+
+
+def _step(options: argparse.Namespace, rest: list[str]) -> int:
+    from lit_personalize.profiling import profile_step, table
+
+    if options.steps < 2:
+        raise UsageError(f"--steps must be at least 2, not {options.steps}")
+    report, folder = profile_step(rest, options.steps)
+    if options.json:
+        emit(report, True)
+    else:
+        print(table(report))
+        print(f"\n{folder}: step.json, step.png, trace.json.gz")
+    return 0
 
 
 def _compile(options: argparse.Namespace) -> int:

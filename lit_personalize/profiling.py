@@ -1,0 +1,109 @@
+"""`litp profile step`: train some steps of a configuration for real, and say where their time goes.
+
+Nothing of the run is touched but its folder `profile/`: `step.json`, `step.png` and `trace.json.gz`.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lit_personalize import atomic
+from lit_personalize.configuration import instantiate, parse
+from lit_personalize.fitting import name_initial_words, prepare_data, quiet_lightning
+from lit_personalize.run_directory import RunDirectory
+
+ROWS = 12
+"""Of operators, in the table and the picture."""
+
+
+def profile_step(arguments: Sequence[str], steps: int = 10) -> tuple[dict[str, Any], Path]:
+    """Measure `steps` steps; `arguments` are those of `litp fit`.
+
+    Returns:
+        The report of `lit_callbacks.step_profile.StepProfile`, and the folder with the files.
+
+    Raises:
+        UsageError: The configuration.
+        DataError: An input.
+    """
+    from lit_callbacks.step_profile import StepProfile
+
+    parser, config = parse(arguments)
+    folder = RunDirectory(config.root, config.name).path / "profile"
+    built = instantiate(parser, config)
+    with tempfile.TemporaryDirectory() as scratch:
+        run = RunDirectory(scratch, config.name).create()
+        name_initial_words(built)
+        prepare_data(built, run)
+        quiet_lightning()
+        watcher = StepProfile(folder / "trace.json.gz", timed=steps)
+        options = dict(vars(built.trainer)) | {
+            "callbacks": [watcher], "logger": False, "max_steps": watcher.steps * built.trainer.accumulate_grad_batches,
+            "max_epochs": -1, "max_time": None, "limit_val_batches": 0, "enable_progress_bar": False,
+            "enable_model_summary": False, "enable_checkpointing": False, "default_root_dir": scratch,
+        }  # fmt: skip
+        pl.Trainer(**options).fit(built.model, datamodule=built.data)
+    report = {"run": config.name, "kernels": built.model.kernels, **watcher.report}
+    atomic.write_text(folder / "step.json", json.dumps(report, indent=1) + "\n")
+    with atomic.replacing(folder / "step.png") as temporary:
+        draw(report, temporary)
+    return report, folder
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for a terminal."""
+    step = report["step_ms"]
+    lines = [f"{report['device']}: {step['median']:.1f} ms a step ({step['p10']:.1f} to {step['p90']:.1f})"]
+    if report["launch_bound"] is not None:
+        busy = report["gpu_busy_ms"] / step["median"]
+        verdict = "launches are what limits it" if report["launch_bound"] else "the GPU is what limits it"
+        lines[0] += f"; the GPU works {busy:.0%} of it: {verdict}"
+    lines += ["", f"{'phase':34} {'ms':>9}  share"]
+    whole = sum(report["phases_ms"].values())
+    lines += [f"{name:34} {ms:9.2f} {ms / whole:6.1%}" for name, ms in report["phases_ms"].items()]
+    for title in ("kinds", "parts"):
+        lines += ["", f"{title + ' of the UNet':34} {'forward':>9} {'backward':>9}"]
+        lines += [f"{row['name']:34} {row['forward_ms']:9.2f} {row['backward_ms']:9.2f}" for row in report[title]]
+    lines += ["", f"{'operator':34} {'own ms':>9}  share  calls"]
+    lines += [
+        f"{row['name'][:34]:34} {row['own_ms']:9.2f} {row['share']:6.1%} {row['calls']:6.0f}"
+        for row in report["operators"][:ROWS]
+    ]
+    return "\n".join(lines)
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Phases, parts, kinds and operators as bars."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 9), layout="constrained")
+    phases, kinds, parts, operators = figure.subplots(4, 1, height_ratios=[1, 3, 5, 5])
+    left = 0.0
+    for name, ms in report["phases_ms"].items():
+        phases.barh(0, ms, left=left, label=f"{name} {ms:.1f} ms")
+        left += ms
+    phases.set_yticks([])
+    phases.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=4, frameon=False)
+    phases.set_title(f"{report['device']}: {report['step_ms']['median']:.1f} ms a step", loc="left")
+    for axes, title in ((kinds, "kinds"), (parts, "parts")):
+        rows = report[title][::-1]
+        names = [row["name"] for row in rows]
+        axes.barh(names, [row["forward_ms"] for row in rows], label="forward")
+        axes.barh(
+            names, [row["backward_ms"] for row in rows], left=[row["forward_ms"] for row in rows], label="backward"
+        )
+        axes.set_title(f"{title} of the UNet, ms a step", loc="left")
+        axes.legend(frameon=False, loc="lower right")
+    rows = report["operators"][:ROWS][::-1]
+    operators.barh([row["name"] for row in rows], [row["own_ms"] for row in rows], color="tab:gray")
+    operators.set_title("operators, own ms a traced step (tracing slows them)", loc="left")
+    for axes in (kinds, parts, operators):
+        axes.spines[["top", "right"]].set_visible(False)
+    phases.spines[:].set_visible(False)
+    figure.savefig(path, format="png", dpi=100)
