@@ -2,9 +2,9 @@
 
 Two forms. *Grouped* is three products, of which two are batched over adapters, and each reads only what is its own.
 *Augmented* is one product of [x | S] with [W | B_1 | ... | B_G]: a bank of G adapters of rank R is one of rank G·R
-whose S is zero outside a row's own R columns. It does not read y again, but x is copied. Zeros do not keep NaN away,
-for 0 · NaN = NaN: so S is selected and never multiplied by a mask, an adapter whose factor is not finite leaves the
-joint product (its own rows become NaN), and the sums over rows, dA and dB, stay grouped.
+whose S is zero outside a row's own R columns. It does not read y again, but copies x, and launches more.
+Zeros do not keep NaN away, for 0 · NaN = NaN: so S is selected and never multiplied by a mask, what is not finite in a
+factor leaves the joint product (and makes NaN of its own adapter's rows), and the sums over rows, dA and dB, are grouped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 AUGMENTED_COLUMNS = 64
-"""G·R up to which the augmented product is taken."""
+"""G·R up to which the augmented product may be taken."""
+AUGMENTED_BYTES = 1 << 26
+"""Size of x from which it is: a step of the augmented form reads or writes x twice less, in 16 launches more, which is
+what a GPU moves in that time (modelled)."""
 
 
 def bank_lora(
@@ -39,10 +42,10 @@ def bank_lora(
 
 
 def prefers_augmented(x_MK: Tensor, weight_NK: Tensor, downs_GRK: Tensor, bias_N: Tensor | None) -> bool:
-    """Whether the augmented product moves less: it copies K columns of a row, the grouped form 2 N."""
-    adapters, rank, depth = downs_GRK.shape
+    """Whether the augmented form is taken: few columns beside x, and x so large that launches do not count."""
     learns = weight_NK.requires_grad or (bias_N is not None and bias_N.requires_grad)
-    return not learns and adapters * rank <= AUGMENTED_COLUMNS and len(weight_NK) > depth
+    few = downs_GRK.shape[:2].numel() <= AUGMENTED_COLUMNS
+    return few and not learns and x_MK.numel() * x_MK.element_size() >= AUGMENTED_BYTES
 
 
 class _Augmented(torch.autograd.Function):
@@ -81,11 +84,11 @@ def _column(scales_G: Tensor, like: Tensor) -> Tensor:
 
 
 def _apart(side_GTR: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """The side's rows `[M, G·R]`, zero outside their own adapter's columns, and the factor without what is not finite.
+    """The side's rows `[M, G·R]`, zero outside their own adapter's columns, and the factor with zeros for NaN and inf.
 
-    A factor that is not finite is zeroed as a whole, and its adapter's rows are NaN in its place.
+    The rows of an adapter whose factor has those are NaN instead.
     """
-    finite = factor.isfinite().flatten(1).all(dim=1)[:, None, None]
-    own = torch.eye(len(factor), dtype=torch.bool, device=factor.device)[:, None, :, None]
-    side = side_GTR.where(finite, float("nan"))[:, :, None].where(own, 0.0)
-    return side.flatten(2).flatten(0, 1), factor.where(finite, 0.0)
+    spoiled = (0 * factor).sum(dim=(1, 2), keepdim=True)  # NaN or 0
+    others = ~torch.eye(len(factor), dtype=torch.bool, device=factor.device)[:, None, :, None]
+    side = (side_GTR + spoiled)[:, :, None].masked_fill(others, 0)
+    return side.flatten(2).flatten(0, 1), factor.nan_to_num(0, 0, 0)

@@ -227,6 +227,18 @@ def test_a_weight_that_learns_takes_the_fallback(device: torch.device) -> None:
         bank_lora(given["x"], w, given["a"], given["b"], given["scales"], bias, "triton")
 
 
+@pytest.mark.parametrize(
+    ("adapters", "rows", "learns", "augmented"),
+    [(8, 2**17, False, True), (9, 9 * 2**14, False, False), (8, 2**16, False, False), (8, 2**17, True, False)],
+)
+def test_the_fallback_takes_the_form_that_moves_less(
+    adapters: int, rows: int, learns: bool, augmented: bool
+) -> None:
+    x, w = (torch.empty(count, 256, dtype=torch.bfloat16, device="meta") for count in (rows, 256))
+    downs = torch.empty(adapters, 8, 256, device="meta")
+    assert fallback.prefers_augmented(x, w.requires_grad_(learns), downs, None) == augmented
+
+
 @pytest.mark.parametrize("batch", [0, 2])
 def test_cases_without_a_kernel_take_the_fallback(batch: int, device: torch.device) -> None:
     """Ranks above 64, and no rows at all."""
