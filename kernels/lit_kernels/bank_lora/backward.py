@@ -40,9 +40,13 @@ def bank_lora_skinny(
         own = m + tl.arange(0, BM)
         in_rows = own < end
         rows = g * rows_each + own
-        side_t = tl.load(side + rows[None, :] * RANK + ranks[:, None], mask=in_ranks[:, None] & in_rows[None, :], other=0.0)
+        side_t = tl.load(
+            side + rows[None, :] * RANK + ranks[:, None], mask=in_ranks[:, None] & in_rows[None, :], other=0.0
+        )
         tile = tl.load(
-            rows_in + rows[:, None] * in_stride + columns[None, :], mask=in_rows[:, None] & in_columns[None, :], other=0.0
+            rows_in + rows[:, None] * in_stride + columns[None, :],
+            mask=in_rows[:, None] & in_columns[None, :],
+            other=0.0,
         )
         acc = tl.dot(side_t, tile, acc, input_precision="ieee", out_dtype=ACC)
     at = parts + part * RANK * width + ranks.to(tl.int64)[:, None] * rank_stride + columns[None, :] * column_stride

@@ -4,7 +4,7 @@ Two forms. *Grouped* is three products, of which two are batched over adapters, 
 *Augmented* is one product of [x | S] with [W | B_1 | ... | B_G]: a bank of G adapters of rank R is one of rank G·R
 whose S is zero outside a row's own R columns. It does not read y again, but copies x, and launches more.
 Zeros do not keep NaN away, for 0 · NaN = NaN: so S is selected and never multiplied by a mask, what is not finite in a
-factor leaves the joint product (and makes NaN of its own adapter's rows), and the sums over rows, dA and dB, are grouped.
+factor leaves the joint product (and its own adapter's rows become NaN), and the sums over rows, dA and dB, are grouped.
 """
 
 from __future__ import annotations

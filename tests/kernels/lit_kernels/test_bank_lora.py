@@ -146,9 +146,7 @@ SPOILS: dict[str, Callable[[dict[str, Any]], None]] = {
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("spoiled", SPOILS)
 @pytest.mark.parametrize("rank", [2, 20])
-def test_what_is_not_finite_stays_with_its_adapter(
-    rank: int, spoiled: str, path: str, device: torch.device
-) -> None:
+def test_what_is_not_finite_stays_with_its_adapter(rank: int, spoiled: str, path: str, device: torch.device) -> None:
     """Every result and gradient of the others keeps its bits; the adapter's own do not pretend to be finite."""
     given = inputs(Case(3, 6, 35, 24, 40, rank, bias=True), torch.float32, device)
     clean = run(given, path)
@@ -169,8 +167,8 @@ def test_an_adapter_has_the_same_bits_in_a_bank_and_alone(tokens: int, device: t
     given = inputs(Case(3, 6, tokens, 40, 36, 4, bias=True), torch.float16, device)
     bank = run(given, "triton")
     for g in range(3):
-        own = {name: value if name in ("w", "bias") else value.unflatten(0, (3, -1))[g] for name, value in given.items()}
-        own |= {name: given[name][g : g + 1] for name in ("a", "b", "scales")}
+        own = {name: given[name][g : g + 1] for name in ("a", "b", "scales")} | {n: given[n] for n in ("w", "bias")}
+        own |= {name: given[name].unflatten(0, (3, -1))[g] for name in ("x", "grad")}
         for name, value in run(own, "triton").items():
             assert torch.equal(value.flatten(), bank[name].unflatten(0, (3, -1))[g].flatten()), f"{name} of {g}"
 
@@ -231,9 +229,7 @@ def test_a_weight_that_learns_takes_the_fallback(device: torch.device) -> None:
     ("adapters", "rows", "learns", "augmented"),
     [(8, 2**17, False, True), (9, 9 * 2**14, False, False), (8, 2**16, False, False), (8, 2**17, True, False)],
 )
-def test_the_fallback_takes_the_form_that_moves_less(
-    adapters: int, rows: int, learns: bool, augmented: bool
-) -> None:
+def test_the_fallback_takes_the_form_that_moves_less(adapters: int, rows: int, learns: bool, augmented: bool) -> None:
     x, w = (torch.empty(count, 256, dtype=torch.bfloat16, device="meta") for count in (rows, 256))
     downs = torch.empty(adapters, 8, 256, device="meta")
     assert fallback.prefers_augmented(x, w.requires_grad_(learns), downs, None) == augmented
