@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -57,15 +59,16 @@ def bank_adamw(
     _check(master_GP, tensors, rows, betas)
     changed = [tensor.detach() for tensor in (master_GP, m_GP, v_GP)]
     shadow = None if shadow_GP is None else shadow_GP.detach()
+    arguments: list[Any] = [*changed, grad_GP.detach(), *rows.values(), betas, eps, shadow]
     if backend == "reference":
-        return reference.bank_adamw(*changed, grad_GP, *rows.values(), betas, eps, shadow)  # type: ignore[arg-type]
+        return reference.bank_adamw(*arguments)
     unsupported = ""
     if not all(tensor.is_contiguous() for tensor in (*changed, *(() if shadow is None else (shadow,)))):
         unsupported = "weights, moments or shadow are not contiguous"
     if not master_GP.numel():
         unsupported = "there are no parameters"
     if backends.choose(NAME, backend, master_GP.device, unsupported) == "fallback":
-        return fallback.bank_adamw(*changed, grad_GP, *rows.values(), betas, eps, shadow)  # type: ignore[arg-type]
+        return fallback.bank_adamw(*arguments)
     return torch.ops.lit_kernels.bank_adamw(*changed, grad_GP.detach(), *rows.values(), shadow, *betas, eps)
 
 
