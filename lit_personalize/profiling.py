@@ -72,10 +72,15 @@ def table(report: dict[str, Any]) -> str:
         lines += [f"{row['name']:34} {row['forward_ms']:9.2f} {row['backward_ms']:9.2f}" for row in report[title]]
     lines += ["", f"{'operator':34} {'own ms':>9}  share  calls"]
     lines += [
-        f"{row['name'][:34]:34} {row['own_ms']:9.2f} {row['share']:6.1%} {row['calls']:6.0f}"
+        f"{_short(row['name']):34} {row['own_ms']:9.2f} {row['share']:6.1%} {row['calls']:6.0f}"
         for row in report["operators"][:ROWS]
     ]
     return "\n".join(lines)
+
+
+def _short(operator: str) -> str:
+    name = operator.removeprefix("aten::")
+    return name if len(name) <= 34 else f"{name[:33]}…"
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -89,7 +94,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         phases.barh(0, ms, left=left, label=f"{name} {ms:.1f} ms")
         left += ms
     phases.set_yticks([])
-    phases.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=4, frameon=False)
+    phases.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.35), ncols=4, frameon=False)
     phases.set_title(f"{report['device']}: {report['step_ms']['median']:.1f} ms a step", loc="left")
     for axes, title in ((kinds, "kinds"), (parts, "parts")):
         rows = report[title][::-1]
@@ -101,7 +106,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axes.set_title(f"{title} of the UNet, ms a step", loc="left")
         axes.legend(frameon=False, loc="lower right")
     rows = report["operators"][:ROWS][::-1]
-    operators.barh([row["name"] for row in rows], [row["own_ms"] for row in rows], color="tab:gray")
+    operators.barh([_short(row["name"]) for row in rows], [row["own_ms"] for row in rows], color="tab:gray")
     operators.set_title("operators, own ms a traced step (tracing slows them)", loc="left")
     for axes in (kinds, parts, operators):
         axes.spines[["top", "right"]].set_visible(False)

@@ -71,9 +71,10 @@ def test_doctor_speaks_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 REPORTS = [
-    *([verb] for verb in VERBS if verb not in ("data", "merge", "runs", "world")),
+    *([verb] for verb in VERBS if verb not in ("data", "merge", "profile", "runs", "world")),
     *(["data", what] for what in ("check", "sheet")),
     *(["merge", what] for what in ("closed-form", "interpolate", "linear", "ziplora", "blora", "extract")),
+    *(["profile", what] for what in ("compile", "step")),
     *(["runs", what] for what in ("ls", "show")),
     *(["world", what] for what in ("render", "build", "card")),
 ]

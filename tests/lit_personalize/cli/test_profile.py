@@ -1,0 +1,117 @@
+"""`litp profile step` on real steps of a tiny base; layer times against layers of known length."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from lit_personalize.cli.main import main
+from lit_personalize.report.layer_times import Clock, LayerTimes
+
+
+class Slow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, forward: float, backward: float) -> torch.Tensor:
+        ctx.backward_s = backward
+        time.sleep(forward)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        time.sleep(ctx.backward_s)
+        return gradient, None, None
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, forward: float, backward: float):
+        super().__init__()
+        self.seconds = (forward, backward)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Slow.apply(x, *self.seconds)
+
+
+def test_layers_take_the_time_that_they_take() -> None:
+    """Two of one kind around one of another, each with its own length; the first has no input that learns."""
+    first, middle, last = Layer(0.01, 0.02), Layer(0.06, 0.03), Layer(0.02, 0.04)
+    times = LayerTimes({"ends": [first, last], "middle": [middle]}, Clock(torch.device("cpu")))
+    for active in (False, True, True):
+        times.active = active
+        x = torch.ones(2, requires_grad=True)
+        loss = last(middle(first(x * 1))).sum()
+        times.in_backward = True
+        loss.backward()
+        times.finish_backward()
+        times.in_backward = False
+    found = {row.pop("name"): row for row in times.totals(2)}
+    assert list(found) == ["ends", "middle"]
+    assert 30 <= found["ends"]["forward_ms"] < 55 and 60 <= found["ends"]["backward_ms"] < 85
+    assert 60 <= found["middle"]["forward_ms"] < 85 and 30 <= found["middle"]["backward_ms"] < 55
+
+
+def profile(workplace: Path, base: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    config = {
+        "name": "cat",
+        "model": {"class_path": "Denoising", "init_args": {"base": str(base), "adapters": [{"class_path": "LoRA"}]}},
+        "data": {
+            "class_path": "PersonalizationData",
+            "init_args": {
+                "resolution": 32,
+                "batch_size": 2,
+                "concepts": [{"path": "photos", "class_noun": "cat", "prompt": "a {class}"}],
+            },
+        },
+        "trainer": {"max_steps": 500, "accelerator": "cpu", "devices": 1},
+    }
+    (workplace / "run.yaml").write_text(json.dumps(config))
+    assert main(["profile", "step", "--steps", "3", "--json", "-c", "run.yaml", *options]) == 0
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return report
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--model.gradient_checkpointing=true", "--model.kernels=fallback", "--trainer.accumulate_grad_batches=2"]],
+    ids=["plain", "checkpointed"],
+)
+def test_a_step_is_taken_apart(
+    workplace: Path, tiny_bases: dict[str, Path], capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    report = profile(workplace, tiny_bases["sd1"], capsys, *options)
+    folder = workplace / "runs/cat"
+    assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == {
+        "profile/step.json", "profile/step.png", "profile/trace.json.gz",
+    }  # fmt: skip
+    assert json.loads((folder / "profile/step.json").read_text()) == report
+    phases = report["phases_ms"]
+    assert list(phases) == ["data", "forward", "backward", "optimizer"] and min(phases.values()) > 0
+    assert report["step_ms"]["p10"] <= report["step_ms"]["median"] <= report["step_ms"]["p90"]
+    for kind in ("parts", "kinds"):
+        assert 0 < sum(row["forward_ms"] for row in report[kind]) <= phases["forward"]
+        assert 0 < sum(row["backward_ms"] for row in report[kind]) <= phases["backward"]
+    assert {row["name"] for row in report["kinds"]} == {
+        "resnets", "self-attention", "cross-attention", "feed-forward", "resampling",
+    }  # fmt: skip
+    assert sum(row["share"] for row in report["operators"]) == pytest.approx(1)
+    assert "aten::mm" in {row["name"] for row in report["operators"]}
+    assert report["gpu_busy_ms"] is None and report["launch_bound"] is None and report["device"] == "CPU"
+    trace = json.loads(gzip.decompress((folder / "profile/trace.json.gz").read_bytes()))
+    assert sum(event.get("name") == "aten::mm" for event in trace["traceEvents"]) > 10
+    assert Image.open(folder / "profile/step.png").size == (1100, 900)
+
+
+def test_wrong_options_are_named(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", "step", "--steps", "1"]) == 2
+    assert "--steps must be at least 2, not 1" in capsys.readouterr().err
+    assert main(["profile", "step", "--trainer.max_stepz=3"]) == 2
+    assert "max_steps" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["profile", "compile", "--trainer.max_steps=3"])
+    assert "unrecognized arguments: --trainer.max_steps=3" in capsys.readouterr().err
