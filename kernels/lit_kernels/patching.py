@@ -14,10 +14,11 @@ from torch import nn
 
 from lit_kernels.attention.processor import AttentionProcessor, install
 from lit_kernels.backend import Backend, why_not_triton
+from lit_kernels.bank_lora.layers import fuse, unfuse
 from lit_kernels.slices import projection_of
 from lit_kernels.text_kv.source import TextKeyValues
 
-Operator = Literal["text_kv"]
+Operator = Literal["text_kv", "bank_lora"]
 STOCK = ("AttnProcessor", "AttnProcessor2_0")
 
 
@@ -41,8 +42,9 @@ class Patch:
 def patch(unet: nn.Module, ops: Literal["auto"] | Sequence[Operator] = "auto", backend: Backend = "auto") -> Patch:
     """Let a UNet of SD1, SD2 or SDXL use the operators `ops`; "auto" means all of them.
 
-    Adapters may come and go afterwards: layers are read anew in every forward pass. A layer that carries something
-    else than plain LoRA (DoRA, dropout while training) computes as before.
+    Layers are read anew in every forward pass: adapters may change, be switched and scaled afterwards. A layer that
+    carries something else than plain LoRA (DoRA, dropout while training) computes as before. LoRA layers that are
+    added later compute as PEFT does, but for K and V of the text.
 
     Raises:
         ValueError: An unknown operator, a UNet that is patched already, or one with attention processors of others
@@ -66,6 +68,17 @@ def patch(unet: nn.Module, ops: Literal["auto"] | Sequence[Operator] = "auto", b
                 if isinstance(found := projection_of(getattr(layer, part)), str):
                     made.left[f"{name}.{part}"] = found
         made.hooks.append(unet.register_forward_pre_hook(TextKeyValues(cross, backend), with_kwargs=True))
+    if "bank_lora" in wanted:
+        texts = {f"{name}.{part}" for name in made.layers.get("text_kv", ()) for part in ("to_k", "to_v")}
+        made.layers["bank_lora"] = []
+        for name, layer in unet.named_modules():
+            if not hasattr(layer, "lora_A") or name in texts - made.left.keys():
+                continue
+            if isinstance(found := projection_of(layer), str):
+                made.left.setdefault(name, found)
+                continue
+            fuse(layer, backend)
+            made.layers["bank_lora"].append(name)
     object.__setattr__(unet, "_lit_patch", made)
     return made
 
@@ -77,6 +90,8 @@ def unpatch(unet: nn.Module) -> None:
         return
     for hook in made.hooks:
         hook.remove()
+    for name in made.layers.get("bank_lora", ()):
+        unfuse(unet.get_submodule(name))
     for name, processor in made.processors.items():
         unet.get_submodule(name).set_processor(processor)  # type: ignore[operator]
 

@@ -106,9 +106,13 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, downs, ups, scales, _ = inputs
     ctx.save_for_backward(x, weight, downs, ups, scales, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for the gradient of S would be a launch
 
 
-def _gradients(ctx: Any, grad: Tensor, grad_s: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor | None, grad_s: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
     x, weight, downs, ups, scales, s = ctx.saved_tensors
     needs_x, _, needs_down, needs_up = ctx.needs_input_grad[:4]
     dx, d_down, d_up = torch.ops.lit_kernels.bank_lora_backward(

@@ -77,13 +77,14 @@ def text_kv_forward(
         tl.store(s_at, s_scaled, mask=in_rows[:, None] & in_ranks[None, :])
 
 
-def config_for(rows: int, rank: int) -> Config:
-    """The tile for M rows; 77 of one sample make two tiles of 64, 154 three."""
+def config_for(rows: int, rank: int, dtype: torch.dtype = torch.bfloat16) -> Config:
+    """The tile for M rows; 77 of one sample make two tiles of 64, 154 three. A tile is 128 bytes deep."""
+    depth = max(16, 128 // dtype.itemsize)
     if rows <= 32:
-        return Config(32, 64, 64, 4, 3)
+        return Config(32, 64, depth, 4, 3)
     if rows <= 512:
-        return Config(64, 64, 64, 4, 3)
-    return Config(128, 128 if rank <= 16 else 64, 64, 8, 3)  # 128x128 spills at rank 64
+        return Config(64, 64, depth, 4, 3)
+    return Config(128, 128 if rank <= 16 else 64, depth, 8, 3)  # 128x128 spills at rank 64
 
 
 def unsupported(rank: int, dtype: torch.dtype) -> str:
@@ -115,7 +116,7 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     """y `[M, N]` and s·x·Aᵀ `[M, G, R]`, both in the text's dtype."""
     (m, depth), (slices, rank, _) = text_MD.shape, down_GRD.shape
-    config = config_for(m, rank)
+    config = config_for(m, rank, text_MD.dtype)
     tiles = tiles_of(tuple(widths), config.columns, text_MD.device)
     y = text_MD.new_empty((m, len(weight_ND)))
     s = text_MD.new_empty((m, slices, rank))

@@ -38,7 +38,8 @@ def text_key_values(
         ups: B of each slice, `[C, R]`.
         scales: s `[G]`, a tensor, so that another strength compiles nothing anew.
         detach_first_token: No gradient through what token 0 gives (Custom Diffusion's start token).
-        backend: See `lit_kernels.backend`. Without factors every backend but "reference" is one matrix product.
+        backend: See `lit_kernels.backend`. "auto" takes the kernels for fp16 and bf16: products in fp32 and fp64 are
+            left to torch. Without factors every backend but "reference" is one matrix product.
 
     Returns:
         One `[B, S, C]` a slice, in the text's dtype.
@@ -51,6 +52,8 @@ def text_key_values(
         return reference.text_key_values(text_BSD, weights, downs, ups, scales, detach_first_token)
     rank = len(downs[0]) if downs else 0
     unsupported = f"rank {rank} is above {MAX_RANK}" if rank > MAX_RANK else "" if rank else "no factors"
+    if backend == "auto" and text_BSD.dtype not in (torch.float16, torch.bfloat16):
+        unsupported = unsupported or f"torch multiplies {text_BSD.dtype} as fast"
     path = backends.choose(NAME, backend if rank else "fallback", text_BSD.device, unsupported)
     if path == "fallback" or scales is None:
         return fallback.text_key_values(text_BSD, weights, downs, ups, scales, detach_first_token)
@@ -100,9 +103,13 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     text, weight, down, up, scale, ctx.widths, ctx.period = inputs
     ctx.save_for_backward(text, weight, down, up, scale, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for the gradient of s would be a launch
 
 
-def _gradients(ctx: Any, grad: Tensor, grad_s: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor | None, grad_s: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
     text, weight, down, up, scale, s = ctx.saved_tensors
     needs_text, needs_weight, needs_down, needs_up = ctx.needs_input_grad[:4]
     learns = None
