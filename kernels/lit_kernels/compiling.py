@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-OPERATORS = ("text_kv",)
+OPERATORS = ("text_kv", "short_key_attention")
 ARCHITECTURES = (80, 90)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that one program may have (CUDA C++ Programming Guide, table of compute capabilities)."""
