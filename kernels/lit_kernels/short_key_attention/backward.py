@@ -32,7 +32,7 @@ from lit_kernels.short_key_attention.forward import (
 from lit_kernels.short_key_attention.function import MAX_KEYS, accumulator
 
 PROGRAMS = 132
-"""Programs that are wanted at least: one for each multiprocessor of an H100; the same on every GPU, so that sums are."""
+"""Programs that are wanted at least: one for each multiprocessor of an H100; the same everywhere, and so are sums."""
 TILE = 32
 LAUNCHES = {
     BLOCKS[48]: (("qkv", Config(TILE)),),

@@ -40,9 +40,9 @@ MAP_COLUMNS = 16
 
 @triton.jit
 def additive_mask(mask, keys, at, masked, ACC: tl.constexpr):
-    """What is added to the scores of each key: the mask where there is one, -inf behind the last key."""
+    """What is added to the scores of each key: the mask of the first `masked` ones, -inf behind the last."""
     inside = at < keys
-    added = tl.load(mask + at, mask=inside & (masked != 0), other=0.0).to(ACC)
+    added = tl.load(mask + at, mask=at < masked, other=0.0).to(ACC)
     return tl.where(inside, added, float("-inf"))[:, None]
 
 
@@ -141,10 +141,10 @@ def strides_of(*tensors: Tensor) -> list[int]:
 
 
 def mask_or_nothing(mask: Tensor | None, query: Tensor) -> tuple[Tensor, int]:
-    """The additive mask and 1, or memory that is never read and 0: another form is not worth a mask."""
+    """The additive mask and how many keys of a sample have one; without one, memory that is never read."""
     if mask is None:
         return query.new_empty(1, dtype=accumulator(query.dtype)), 0
-    return mask.contiguous(), 1
+    return mask.contiguous(), mask.shape[1]
 
 
 def triton_accumulator(dtype: torch.dtype) -> tl.dtype:
