@@ -3,9 +3,10 @@
     P = softmax(Q Kᵀ · scale + mask),  dP = dO Vᵀ,  delta = rowsum(P ∘ dP),  dS = P ∘ (dP - delta) · scale,
     dQ = dS K,  dK = dSᵀ Q,  dV = Pᵀ dO
 
-(Dao et al., 2022, "FlashAttention", arXiv 2205.14135, appendix B.2). A program owns all keys of one head and walks over
-a range of queries; dQ is complete, dK and dV are sums over the range, which leave in fp32 and are added afterwards: no
-atomics, hence the same bits in every run. There are as many ranges as fill the machine, also for one sample.
+(FlashAttention's backward pass: Dao et al., 2022, arXiv 2205.14135; here without O or statistics of the rows). A
+program owns all keys of one head and walks over a range of queries; dQ is complete, dK and dV are sums over the range,
+which leave in fp32 and are added afterwards: no atomics, hence the same bits in every run. There are as many ranges as
+fill the machine, also for one sample.
 
 Where one program cannot hold all sums without spilling registers, a launch computes only some of them.
 """
@@ -20,12 +21,10 @@ from lit_kernels.compiling import Shipped
 from lit_kernels.short_key_attention.forward import (
     BLOCKS,
     Config,
-    additive_mask,
     blocks_of,
     form,
     mask_or_nothing,
     sizes_of,
-    softmax,
     strides_of,
     triton_accumulator,
 )
@@ -71,7 +70,8 @@ def short_key_backward(
         v_rest = tl.load(v_at + rest, mask=in_keys & in_rest, other=0.0)
         dk_rest = tl.zeros((KEYS, REST), ACC)
         dv_rest = tl.zeros((KEYS, REST), ACC)
-    added = additive_mask(mask + batch * keys, keys, at, masked, ACC)
+    added = tl.load(mask + batch * keys + at, mask=at < masked, other=0.0).to(ACC)
+    added = tl.where(at < keys, added, float("-inf"))[:, None]
     scale = 1.0 / tl.sqrt(width.to(ACC))
     begin = tl.program_id(0) * tiles * BM
     for start in range(begin, min(begin + tiles * BM, queries), BM):
@@ -86,7 +86,11 @@ def short_key_backward(
             q_rest = tl.load(q_at + rest, mask=in_rows & in_rest, other=0.0)
             grad_rest = tl.load(grad_at + rest, mask=in_rows & in_rest, other=0.0)
             scores = tl.dot(k_rest, tl.trans(q_rest), scores, input_precision="ieee", out_dtype=ACC)
-        p = softmax(scores * scale + added)
+        scores = scores * scale + added
+        top = tl.max(scores, 0, keep_dims=True)
+        weights = tl.exp(scores - tl.where(top == float("-inf"), 0.0, top))
+        total = tl.sum(weights, 0, keep_dims=True)
+        p = weights / tl.where(total == 0, 1.0, total)
         if DV:
             dv_wide = tl.dot(p.to(cd), grad_wide, dv_wide, input_precision="ieee", out_dtype=ACC)
             if REST > 0:

@@ -1,10 +1,12 @@
 """Triton: softmax(Q Kᵀ / sqrt(H) + mask) V for up to 128 keys, and the mean of the probabilities over heads.
 
 All keys of a head fit on the chip, so a softmax sees all of its scores at once: no running maximum, and nothing to save
-but Q, K and V. Scores stand upright, keys by queries: the number of queries of a tile is then free (a tile with few of
-them takes few registers), and the mask is one number a row. Tensors are `[B, T, C]` with the heads side by side, and
-only the last stride must be 1. Blocks are powers of two and head widths 40, 80 and 160 are not: a head's columns are
-loaded in two blocks, `WIDE` and `REST`.
+but Q, K and V. Scores stand upright, keys by queries: a tile may have any number of queries (few take few registers),
+and the mask is one number a row. Where all keys of a sample are masked, the largest score is -inf and the sum of the
+weights 0: with 0 and 1 in their places the probabilities are zeros.
+
+Tensors are `[B, T, C]` with the heads side by side, and only the last stride must be 1. Blocks are powers of two and
+head widths 40, 80 and 160 are not: a head's columns are loaded in two blocks, `WIDE` and `REST`.
 """
 
 from __future__ import annotations
@@ -38,23 +40,6 @@ MAP = Config(64, stages=2)
 MAP_COLUMNS = 16
 
 
-@triton.jit
-def additive_mask(mask, keys, at, masked, ACC: tl.constexpr):
-    """What is added to the scores of each key: the mask of the first `masked` ones, -inf behind the last."""
-    inside = at < keys
-    added = tl.load(mask + at, mask=at < masked, other=0.0).to(ACC)
-    return tl.where(inside, added, float("-inf"))[:, None]
-
-
-@triton.jit
-def softmax(scores):
-    """Softmax of each column; zeros where all of it is masked."""
-    top = tl.max(scores, 0, keep_dims=True)
-    weights = tl.exp(scores - tl.where(top == float("-inf"), 0.0, top))
-    total = tl.sum(weights, 0, keep_dims=True)
-    return weights / tl.where(total == 0, 1.0, total)
-
-
 @triton.jit(do_not_specialize=["eighths", "masked"])
 def short_key_forward(
     q, k, v, mask, out,
@@ -84,8 +69,13 @@ def short_key_forward(
         q_rest = tl.load(q_at + rest, mask=in_rows & in_rest, other=0.0)
         k_rest = tl.load(k_at + rest, mask=in_keys & in_rest, other=0.0)
         scores = tl.dot(k_rest, tl.trans(q_rest), scores, input_precision="ieee", out_dtype=ACC)
-    added = additive_mask(mask + batch * keys, keys, at, masked, ACC)
-    p = tl.trans(softmax(scores / tl.sqrt(width.to(ACC)) + added).to(cd))
+    added = tl.load(mask + batch * keys + at, mask=at < masked, other=0.0).to(ACC)  # without a mask none is read
+    added = tl.where(at < keys, added, float("-inf"))[:, None]
+    scores = scores / tl.sqrt(width.to(ACC)) + added
+    top = tl.max(scores, 0, keep_dims=True)
+    weights = tl.exp(scores - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(weights, 0, keep_dims=True)
+    p = tl.trans((weights / tl.where(total == 0, 1.0, total)).to(cd))
     v_wide = tl.load(v_at + wide, mask=in_keys & in_wide, other=0.0)
     out_wide = tl.dot(p, v_wide, input_precision="ieee", out_dtype=ACC)
     tl.store(out_at + wide, out_wide.to(cd), mask=in_rows & in_wide)
@@ -109,8 +99,9 @@ def short_key_map(
     in_keys = (at < keys)[:, None]
     q_at = q + batch * q_batch + rows.to(tl.int64)[:, None] * q_row
     k_at = k + batch * k_batch + at.to(tl.int64)[:, None] * k_row
-    added = additive_mask(mask + batch * keys, keys, at, masked, ACC)
-    total = tl.zeros((KEYS, BM), ACC)
+    added = tl.load(mask + batch * keys + at, mask=at < masked, other=0.0).to(ACC)
+    added = tl.where(at < keys, added, float("-inf"))[:, None]
+    mean = tl.zeros((KEYS, BM), ACC)
     for head in range(heads):
         scores = tl.zeros((KEYS, BM), ACC)
         for begin in range(0, width, BK):
@@ -120,9 +111,13 @@ def short_key_map(
             q_tile = tl.load(q_at + columns, mask=in_rows & in_columns, other=0.0)
             k_tile = tl.load(k_at + columns, mask=in_keys & in_columns, other=0.0)
             scores = tl.dot(k_tile, tl.trans(q_tile), scores, input_precision="ieee", out_dtype=ACC)
-        total += softmax(scores / tl.sqrt(width.to(ACC)) + added)
+        scores = scores / tl.sqrt(width.to(ACC)) + added
+        top = tl.max(scores, 0, keep_dims=True)
+        weights = tl.exp(scores - tl.where(top == float("-inf"), 0.0, top))
+        total = tl.sum(weights, 0, keep_dims=True)
+        mean += weights / tl.where(total == 0, 1.0, total)
     out_at = out + (batch * queries + rows)[None, :] * keys + at[:, None]
-    tl.store(out_at, total / heads, mask=in_keys & (rows < queries)[None, :])
+    tl.store(out_at, mean / heads, mask=in_keys & (rows < queries)[None, :])
 
 
 def blocks_of(width: int) -> tuple[int, int]:
