@@ -48,8 +48,8 @@ VIEWS = {
     "select", "unbind", "_unsafe_view", "_reshape_alias", "detach", "alias", "as_strided", "chunk", "unflatten",
     "lift_fresh",
 }  # fmt: skip
-LAUNCHES = {"bank_lora_backward": 5}
-"""Kernels of our operators, where there are more than one, for ranks up to 16: dX, and dA and dB each with a sum."""
+LAUNCHES = {"bank_lora_backward": 5, "short_key_attention_backward": 5}
+"""Launches of our operators at most, where there are several: dX, dA and dB (rank up to 16), or dQ, dK and dV, and sums."""
 
 
 @dataclass

@@ -18,7 +18,7 @@ from lit_kernels.bank_lora.layers import fuse, unfuse
 from lit_kernels.slices import projection_of
 from lit_kernels.text_kv.source import TextKeyValues
 
-Operator = Literal["text_kv", "bank_lora"]
+Operator = Literal["text_kv", "short_key_attention", "bank_lora"]
 STOCK = ("AttnProcessor", "AttnProcessor2_0")
 
 
@@ -60,7 +60,8 @@ def patch(unet: nn.Module, ops: Literal["auto"] | Sequence[Operator] = "auto", b
     if backend == "triton" and (reason := why_not_triton(next(unet.parameters()).device)):
         raise ValueError(reason)
     made = Patch(processors=_foreign_processors(unet))
-    cross = {name: unet.get_submodule(name) for name, p in install(unet).items() if p.is_cross}
+    processors = install(unet)
+    cross = {name: unet.get_submodule(name) for name, p in processors.items() if p.is_cross}
     if "text_kv" in wanted:
         made.layers["text_kv"] = list(cross)
         for name, layer in cross.items():
@@ -68,6 +69,10 @@ def patch(unet: nn.Module, ops: Literal["auto"] | Sequence[Operator] = "auto", b
                 if isinstance(found := projection_of(getattr(layer, part)), str):
                     made.left[f"{name}.{part}"] = found
         made.hooks.append(unet.register_forward_pre_hook(TextKeyValues(cross, backend), with_kwargs=True))
+    if "short_key_attention" in wanted:
+        made.layers["short_key_attention"] = list(cross)
+        for name in cross:
+            processors[name].short_keys = backend
     if "bank_lora" in wanted:
         texts = {f"{name}.{part}" for name in made.layers.get("text_kv", ()) for part in ("to_k", "to_v")}
         made.layers["bank_lora"] = []
@@ -90,6 +95,8 @@ def unpatch(unet: nn.Module) -> None:
         return
     for hook in made.hooks:
         hook.remove()
+    for processor in install(unet).values():
+        processor.short_keys = None
     for name in made.layers.get("bank_lora", ()):
         unfuse(unet.get_submodule(name))
     for name, processor in made.processors.items():

@@ -7,6 +7,8 @@
 * `tap_limit`: the tap is not called where there are more query tokens: the maps of large self-attention layers would
   take memory that grows with the fourth power of the picture's side.
 * `backend`: "reference" (softmax written out), "sdpa" (torch's fused attention) or "auto" (= sdpa).
+* `short_keys`: a backend of `short_key_attention` for cross-attention; None leaves it to `backend`, as do a tap, a mask
+  and normalized queries and keys.
 
 Nothing else sets a processor on a UNet.
 """
@@ -20,7 +22,9 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_kernels import backend as kernels
 from lit_kernels.attention import reference
+from lit_kernels.short_key_attention.function import short_key_attention, unsupported
 
 Backend = Literal["auto", "sdpa", "reference"]
 KeyValues = Mapping[str, tuple[Tensor, Tensor]]
@@ -37,6 +41,7 @@ class AttentionProcessor:
     detach_first_token: bool = False
     tap: Tap | None = None
     tap_limit: int | None = None
+    short_keys: kernels.Backend | None = None
 
     def key_value(self, attn: Any, states_BSE: Tensor, key_values: KeyValues | None = None) -> tuple[Tensor, Tensor]:
         """K and V `[B, S, C]` of this layer for `states_BSE`."""
@@ -71,20 +76,30 @@ class AttentionProcessor:
             text = hidden_states if encoder_hidden_states is None else text
         if encoder_hidden_states is not None and attn.norm_cross:
             text = attn.norm_encoder_hidden_states(text)
-        query = self._heads(attn, attn.to_q(hidden_states))
-        key, value = (self._heads(attn, x) for x in self.key_value(attn, text, key_values))
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
-        out = self._attend(query, key, value, attention_mask)
-        out = out.transpose(1, 2).flatten(2).to(query.dtype)
+        projected = (attn.to_q(hidden_states), *self.key_value(attn, text, key_values))
+        if attention_mask is None and self._has_short_keys(attn, projected[0], projected[1]):
+            out = short_key_attention(*projected, heads=attn.heads, backend=self.short_keys or "auto")
+        else:
+            query, key, value = (self._heads(attn, x) for x in projected)
+            if attn.norm_q is not None:
+                query = attn.norm_q(query)
+            if attn.norm_k is not None:
+                key = attn.norm_k(key)
+            out = self._attend(query, key, value, attention_mask)
+            out = out.transpose(1, 2).flatten(2).to(query.dtype)
         out = attn.to_out[1](attn.to_out[0](out))
         if len(shape) == 4:
             out = out.transpose(1, 2).reshape(shape)
         if attn.residual_connection:
             out = out + residual
         return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
+
+    def _has_short_keys(self, attn: Any, query: Tensor, key: Tensor) -> bool:
+        if self.short_keys is None or not self.is_cross or self.tap is not None or attn.norm_q or attn.norm_k:
+            return False
+        if self.short_keys != "triton":  # the others take every case
+            return True
+        return not unsupported(key.shape[1], query.shape[2] // attn.heads, query.dtype, query.device)
 
     @staticmethod
     def _heads(attn: Any, x_BSC: Tensor) -> Tensor:

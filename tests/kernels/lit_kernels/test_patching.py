@@ -20,6 +20,8 @@ from lit_kernels.attention import install
 from lit_kernels.packing import lay_side_by_side, packed
 
 BACKENDS = ["reference", "fallback", "triton"]
+OPS: Any = {"reference": "auto", "fallback": "auto", "triton": ["text_kv"]}
+"""Of a backend: the interpreter takes long, so the other kernels have a test of their own, on fewer layers."""
 OPERATOR = "lit_kernels::text_key_values"
 
 
@@ -77,7 +79,7 @@ def test_a_patched_unet_learns_what_a_stock_one_does(unet: Any, backend: Any, ch
     expected = step(unet)
     if checkpointing:
         unet.enable_gradient_checkpointing()
-    made = lit_kernels.patch(unet, backend=backend)
+    made = lit_kernels.patch(unet, OPS[backend], backend)
     assert len(made.layers["text_kv"]) == 7 and not made.left
     with Calls() as calls:
         assert_same(step(unet), expected)
@@ -94,7 +96,7 @@ def test_adapters_come_and_go(unet: Any, backend: Any) -> None:
     for patched in (False, True):
         u = copy.deepcopy(unet)
         if patched:
-            lit_kernels.patch(u, backend=backend)
+            lit_kernels.patch(u, OPS[backend], backend)
         with torch.no_grad():
             x[patched, "none"] = {"y": u(torch.ones(1, 4, 8, 8), 3, torch.ones(1, 7, 24)).sample}
         torch.manual_seed(2)
@@ -127,7 +129,7 @@ def test_other_adapters_on_the_same_text_do_not_meet(unet: Any) -> None:
         return {name: p.grad.clone() for name, p in unet.named_parameters() if p.grad is not None}
 
     expected = distill()
-    lit_kernels.patch(unet, backend="triton")
+    lit_kernels.patch(unet, OPS["triton"], "triton")
     assert_same(distill(), expected)
 
 
@@ -141,7 +143,7 @@ def test_trained_projections_and_the_start_token(unet: Any, backend: Any) -> Non
     text = torch.randn(2, 7, 24, requires_grad=True)
     expected = step(unet, text) | {"text": text.grad}
     text.grad = None
-    lit_kernels.patch(unet, backend=backend)
+    lit_kernels.patch(unet, OPS[backend], backend)
     assert_same(step(unet, text) | {"text": text.grad}, expected)
     assert not text.grad[:, 0].any()
 
@@ -151,7 +153,7 @@ def test_what_it_cannot_read_computes_as_before(unet: Any) -> None:
     lora(unet, "dropped", ("attn2.to_k",), lora_dropout=0.5)
     unet.set_adapters(["default"])
     expected = step(unet)
-    made = lit_kernels.patch(unet, backend="triton")
+    made = lit_kernels.patch(unet, OPS["triton"], "triton")
     assert len(made.left) == 7 and all("not plain LoRA" in why for why in made.left.values())
     assert "left: down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v" in str(made)
     assert_same(step(unet), expected)
@@ -163,6 +165,21 @@ def test_what_it_cannot_read_computes_as_before(unet: Any) -> None:
     with Calls() as calls:
         step(unet)
     assert calls.of[OPERATOR] == 1
+
+
+def test_all_kernels_at_once(unet: Any) -> None:
+    """LoRA on one layer of each sort, and every cross-attention: also those whose K and V have no factors."""
+    block = "mid_block.attentions.0.transformer_blocks.0"
+    lora(unet, targets=(f"{block}.attn1.to_out.0", f"{block}.attn2.to_q", f"{block}.attn2.to_k", f"{block}.attn2.to_v"))
+    expected = step(unet)
+    made = lit_kernels.patch(unet, backend="triton")
+    assert made.layers["bank_lora"] == [f"{block}.attn1.to_out.0", f"{block}.attn2.to_q"]
+    with Calls() as calls:
+        assert_same(step(unet), expected)
+    assert calls.of["lit_kernels::bank_lora"] == calls.of["lit_kernels::bank_lora_backward"] == 2
+    # Of 7 layers, 3 have heads 4 wide, which the kernels leave to fused attention.
+    assert len(made.layers["short_key_attention"]) == 7 and calls.of["lit_kernels::short_key_attention"] == 4
+    assert calls.of[OPERATOR] == calls.of[f"{OPERATOR}_backward"] == 1
 
 
 def test_files_and_names_stay_stock(unet: Any, tmp_path: Path) -> None:
@@ -207,7 +224,7 @@ class Theirs(AttnProcessor2_0):
 
 
 def test_says_what_it_cannot_patch(unet: Any) -> None:
-    with pytest.raises(ValueError, match="unknown operator 'text'; there are text_kv"):
+    with pytest.raises(ValueError, match="unknown operator 'text'; there are text_kv, short_key_attention, bank_lora"):
         lit_kernels.patch(unet, ops=["text"])  # type: ignore[list-item]
     unet.mid_block.attentions[0].transformer_blocks[0].attn2.set_processor(Theirs())
     with pytest.raises(ValueError, match="mid_block.*attn2 has a Theirs; remove it before patching"):
