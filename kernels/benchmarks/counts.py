@@ -49,7 +49,7 @@ VIEWS = {
     "lift_fresh",
 }  # fmt: skip
 LAUNCHES = {"bank_lora_backward": 5, "short_key_attention_backward": 5}
-"""Launches of our operators at most, where there are several: dX, dA and dB (rank up to 16), or dQ, dK and dV, and sums."""
+"""Launches of our operators at most, where there are several: dX, dA, dB (rank up to 16) or dQ, dK, dV, and sums."""
 
 
 @dataclass

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from lit_personalize.atomic import write_text
+from lit_personalize.atomic import replacing, write_text
 from lit_personalize.cli.console import add_json, configure_logging, emit
 from lit_personalize.errors import UsageError
 
@@ -27,6 +27,17 @@ def main(arguments: list[str]) -> int:
     compiles.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     compiles.add_argument("--out", type=Path, metavar="DIR", help="also write compile-triton-VERSION.json there")
     add_json(compiles)
+    kernels = parts.add_parser(
+        "kernels",
+        help="bytes, FLOPs, time and share of the limit of every operator at real sizes",
+        description="Show what every operator moves and computes at the sizes of SD1.5@512 and SDXL@1024, and the "
+        "limit that this sets (modelled); on an NVIDIA GPU also its time, forward and backward, beside plain torch. "
+        "With --out, kernels.json and a roofline picture kernels.png.",
+    )
+    kernels.add_argument("--batch", type=int, default=1, help="pictures in a batch (default: 1)")
+    kernels.add_argument("--only", action="append", metavar="OPERATOR", help="only this operator")
+    kernels.add_argument("--out", type=Path, metavar="DIR", help="write kernels.json and kernels.png there")
+    add_json(kernels)
     step = parts.add_parser(
         "step",
         help="where a training step's time goes, by phase, layer and operator",
@@ -39,7 +50,24 @@ def main(arguments: list[str]) -> int:
     if rest and options.what != "step":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     configure_logging()
+    if options.what == "kernels":
+        return _kernels(options)
     return _step(options, rest) if options.what == "step" else _compile(options)
+
+
+def _kernels(options: argparse.Namespace) -> int:
+    from lit_personalize.report.roofline import draw, measured, table
+
+    report = measured(options.batch, options.only)
+    if options.json:
+        emit(report, True)
+    else:
+        print(table(report))
+    if options.out is not None:
+        write_text(options.out / "kernels.json", json.dumps(report, indent=1) + "\n")
+        with replacing(options.out / "kernels.png") as temporary:
+            draw(report, temporary)
+    return 0
 
 
 def _step(options: argparse.Namespace, rest: list[str]) -> int:

@@ -74,7 +74,7 @@ REPORTS = [
     *([verb] for verb in VERBS if verb not in ("data", "merge", "profile", "runs", "world")),
     *(["data", what] for what in ("check", "sheet")),
     *(["merge", what] for what in ("closed-form", "interpolate", "linear", "ziplora", "blora", "extract")),
-    *(["profile", what] for what in ("compile", "step")),
+    *(["profile", what] for what in ("compile", "kernels", "step")),
     *(["runs", what] for what in ("ls", "show")),
     *(["world", what] for what in ("render", "build", "card")),
 ]
