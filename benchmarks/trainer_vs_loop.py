@@ -30,7 +30,7 @@ from lit_datamodules.personalization import Concept, PersonalizationData
 from lit_personalize.adapters.lora import LoRA
 from lit_personalize.backbones.loading import load_base, parts_of
 from lit_personalize.cli.console import configure_logging
-from lit_personalize.fitting import _quiet_lightning
+from lit_personalize.fitting import quiet_lightning
 from lit_personalize.objectives.denoising import Denoising
 from lit_personalize.report.circumstances import circumstances
 from lit_personalize.tinyworld.dataset import sample_pictures, write_folder
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     options = parser.parse_args()
     configure_logging()
-    _quiet_lightning()
+    quiet_lightning()
     results = circumstances(Path(__file__).parent) | {
         "base": options.base, "clock": options.clock, "steps per round": options.steps, "rounds": options.rounds,
         "asked ratio": ASKED,

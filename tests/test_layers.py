@@ -2,8 +2,9 @@
 
 `lit_kernels`, `lit_datamodules` and `lit_slurm` import nothing of ours; `lit_personalize` imports `lit_kernels`;
 `lit_callbacks` imports both. Inside functions, so that `litp --help` stays fast, `lit_personalize.cli` may also import
-`lit_datamodules` and `lit_slurm`. Where a run is composed, two more modules may look up: `configuration` imports
-`lit_datamodules`, `fitting` imports `lit_callbacks`. Elsewhere YAML names data and callbacks by `class_path`.
+`lit_datamodules` and `lit_slurm`. Where a run is composed, three more modules may look up: `configuration` imports
+`lit_datamodules`, `fitting` and `profiling` import `lit_callbacks`. Elsewhere YAML names data and callbacks by
+`class_path`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ LAZILY = {  # by the first part of a module's path in lit_personalize
     "cli": {"lit_datamodules", "lit_slurm"},
     "configuration.py": {"lit_datamodules"},
     "fitting.py": {"lit_callbacks"},
+    "profiling.py": {"lit_callbacks"},
 }
 OURS = re.compile(rf"({'|'.join(FOLDERS)})[.:]\w")
 

@@ -17,6 +17,7 @@ from lit_personalize.errors import DataError
 from lit_personalize.report.combination_tables import claims, way_table
 from lit_personalize.report.combination_tables import page as combined
 from lit_personalize.report.combinations import SUBJECT_IN_STYLE, TWO_SUBJECTS
+from lit_personalize.report.kernel_page import kernel_tables
 from lit_personalize.report.measures import OPTIONS
 from lit_personalize.report.science import METHODS, SEEDS, load_cells
 from lit_personalize.report.sheets import sheets
@@ -179,10 +180,12 @@ def pages(docs: Path, cells: Cells, fingerprint: str) -> dict[Path, str]:
     """
     costs = load_costs(docs / "science")
     found = {docs / "science" / "README.md": overview(cells, fingerprint, costs)} if cells else {}
-    blocks = {name: excerpt(cells, method, costs) for method, name in PAGES.items()}
-    blocks |= {name: combined_excerpt(cells, kind) for name, kind in COMBINED.items()}
+    blocks = {f"methods/{name}": excerpt(cells, method, costs) for method, name in PAGES.items()}
+    blocks |= {f"methods/{name}": combined_excerpt(cells, kind) for name, kind in COMBINED.items()}
+    if (results := docs.parent / "kernels/benchmarks/results").is_dir():
+        blocks["kernels"] = kernel_tables(results)
     for name, measured in blocks.items():
-        path = docs / "methods" / f"{name}.md"
+        path = docs / f"{name}.md"
         text = path.read_text(encoding="utf-8")
         if BEGIN not in text or END not in text:
             raise DataError(f"{path} lacks the lines {BEGIN} and {END} between which its numbers go")

@@ -43,6 +43,9 @@ TABLE = {
     "litp fit -c dog.yaml": Shown(
         TINY, ("runs/photos/README.md", "runs/photos/exports/verify.json", "runs/photos/samples/grid.png")
     ),
+    "litp profile step -c dog.yaml": Shown(
+        "--steps 2 --data.init_args.resolution 32", ("runs/photos/profile/step.png",)
+    ),
     'litp sample "a <new1> dog on the beach" --base /models/stable-diffusion-v1-5 --adapter runs/photos': Shown(
         "--steps 2", ("samples/grid.png", "samples/index.html")
     ),
