@@ -1,8 +1,8 @@
 """Triton: softmax(x G_nᵀ) of every head, scores in registers.
 
 A program computes one tile of rows for one head. It walks over C, so that no row of x need fit into shared memory, and
-keeps the scores of all S keys: 64 and a tail of 16 (77 make 80 columns and not 128) or 64. What it writes is already the
-left side of one plain matrix product over all heads and keys, [T, N·S] times U [N·S, C], whose accumulator sums over heads.
+keeps the scores of all S keys: 64 and a tail of 16 (77 make 80 columns and not 128) or 64. What it writes is already
+the left side of one plain matrix product over all heads and keys, [T, N·S] times U [N·S, C], whose sums cross heads.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """A cross-attention layer and its absorbed form, by their definitions, in any dtype up to fp64.
 
-Legend: `B` samples, `P` prompts, `T` image tokens, `S` text tokens, `N` heads, `H` head width, `I = N·H`, `C` width of x.
+Legend: `B` samples, `P` prompts, `T` image tokens, `S` text tokens, `N` heads, `H` head width, `I = N·H`, `C` width of
+x.
 """
 
 from __future__ import annotations

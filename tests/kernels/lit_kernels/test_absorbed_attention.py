@@ -105,7 +105,7 @@ def test_errs_no_more_than_the_ordinary_layer(
     agree(run(given, path), layer(given), layer(as_double(given)))
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["fallback", "triton"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_errs_by_few_units_in_single(case: Case, path: str, device: torch.device) -> None:
     """More than the ordinary layer: sums are over C and N·S terms, not over C, H, S and I."""
@@ -133,16 +133,14 @@ def test_equals_diffusers(path: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_softmax_is_exact_for_any_scores(path: str, device: torch.device) -> None:
-    """Scores in the thousands choose one key; what is added to all scores of a row changes nothing."""
-    given = inputs(CASES[1], torch.float64, device)
+    """What is added to all scores of a row changes nothing; scores in the thousands choose one key."""
+    given = inputs(Case(1, 1, 5, 77, 24, 2, 8), torch.float64, device)
+    keys, values = absorbed_of(given)
+    shifted = Absorbed(keys + 1e3 * torch.linspace(-1, 1, 24, device=device, dtype=torch.float64), values)
+    y = absorbed_attention(given["x"], shifted, path)  # type: ignore[arg-type]
+    torch.testing.assert_close(y, layer(given)["y"], rtol=1e-9, atol=1e-9)
     given["key"] *= 1e4
-    found = run(given, path)["y"]
-    torch.testing.assert_close(found, layer(given)["y"], rtol=1e-9, atol=1e-9)
-    x, (keys, values) = given["x"], absorbed_of(inputs(CASES[1], torch.float64, device))
-    shifted = Absorbed(keys + 1e3 * torch.randn(70, device=device, dtype=torch.float64), values)
-    for absorbed in (Absorbed(keys, values), shifted):
-        y = absorbed_attention(x, absorbed, path)  # type: ignore[arg-type]
-        torch.testing.assert_close(y, absorbed_attention(x, Absorbed(keys, values), "reference"), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(run(given, path), layer(given), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -155,7 +153,7 @@ def test_samples_share_a_prompt(path: str, device: torch.device) -> None:
     torch.testing.assert_close(shared, apart, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["fallback", "triton"])
 def test_a_row_that_is_not_finite_stays_alone(path: str, device: torch.device) -> None:
     given = inputs(CASES[1], torch.float32, device)
     expected = run(given, path)["y"]
@@ -165,7 +163,7 @@ def test_a_row_that_is_not_finite_stays_alone(path: str, device: torch.device) -
     assert (~same).nonzero().tolist() == [[1, 3]] and bool(found[1, 3].isnan().all())
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["fallback", "triton"])
 def test_two_runs_have_the_same_bits(path: str, device: torch.device) -> None:
     given = inputs(CASES[3], torch.float16, device)
     assert torch.equal(run(given, path)["y"], run(given, path)["y"])
