@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_kernels.absorbed_attention.function import Absorbed, absorbed_attention
 from lit_kernels.bank_adamw.function import bank_adamw
 from lit_kernels.bank_lora.function import bank_lora
+from lit_kernels.frozen_geglu.function import frozen_geglu
 from lit_kernels.short_key_attention.function import short_key_attention
 from lit_kernels.text_kv.function import text_key_values
 
@@ -76,6 +78,10 @@ def cases(batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]
             yield _short_keys(model, width, heads, tokens, batch, dtype)
         for width, _, tokens, _ in shape["layers"]:
             yield _bank_lora(model, width, tokens, batch, 1, dtype)
+        for width, _, tokens, _ in shape["layers"]:
+            yield _frozen_geglu(model, 4 * width, tokens, batch, dtype)
+        for width, heads, tokens, _ in shape["layers"]:
+            yield _absorbed(model, width, heads, tokens, batch, dtype)
     yield _bank_lora("sd15", 320, 4096, 2 * 32, 32, dtype)
     yield _bank_adamw(32, 99_648)
 
@@ -180,6 +186,29 @@ def _bank_lora(model: str, width: int, tokens: int, batch: int, adapters: int, d
         "bank_lora", size, 2 * image + matrix + 4 * factors, 2 * rows * width * width + side, build,
         3 * image + matrix + 8 * factors, 2 * rows * width * width + 2 * side,
     )  # fmt: skip
+
+
+def _frozen_geglu(model: str, width: int, tokens: int, batch: int, dtype: torch.dtype) -> Case:
+    def build(device: torch.device) -> tuple[Callable[[str], Any], list[Tensor]]:
+        projected = _draw(device, batch, tokens, 2 * width, dtype=dtype)
+        return lambda backend: frozen_geglu(projected, backend), [projected]  # type: ignore[arg-type]
+
+    half = dtype.itemsize * batch * tokens * width
+    size = f"{model} {width} wide, {tokens} tokens, batch {batch}"
+    # Some 10 operations for a GELU and 20 for its derivative; no product.
+    return Case("frozen_geglu", size, 3 * half, 10 * half // 2, build, 5 * half, 30 * half // 2)
+
+
+def _absorbed(model: str, width: int, heads: int, tokens: int, batch: int, dtype: torch.dtype) -> Case:
+    def build(device: torch.device) -> tuple[Callable[[str], Any], list[Tensor]]:
+        x = _draw(device, batch, tokens, width, dtype=dtype, learns=False)
+        text = (_draw(device, batch, heads, TOKENS, width, dtype=dtype, learns=False) for _ in range(2))
+        absorbed = Absorbed(*text)
+        return lambda backend: absorbed_attention(x, absorbed, backend), []  # type: ignore[arg-type]
+
+    image, text = dtype.itemsize * batch * tokens * width, dtype.itemsize * batch * heads * TOKENS * width
+    size = f"{model} {width} wide, {heads} heads, {tokens} tokens, batch {batch}"
+    return Case("absorbed_attention", size, 2 * image + 2 * text, 4 * batch * tokens * heads * TOKENS * width, build)
 
 
 def _bank_adamw(adapters: int, parameters: int) -> Case:

@@ -14,11 +14,12 @@ from torch import nn
 
 from lit_kernels.attention.processor import AttentionProcessor, install
 from lit_kernels.backend import Backend, why_not_triton
-from lit_kernels.bank_lora.layers import fuse, unfuse
+from lit_kernels.bank_lora import layers as lora_layers
+from lit_kernels.frozen_geglu import layers as gate_layers
 from lit_kernels.slices import projection_of
 from lit_kernels.text_kv.source import TextKeyValues
 
-Operator = Literal["text_kv", "short_key_attention", "bank_lora"]
+Operator = Literal["text_kv", "short_key_attention", "bank_lora", "frozen_geglu"]
 STOCK = ("AttnProcessor", "AttnProcessor2_0")
 
 
@@ -82,8 +83,13 @@ def patch(unet: nn.Module, ops: Literal["auto"] | Sequence[Operator] = "auto", b
             if isinstance(found := projection_of(layer), str):
                 made.left.setdefault(name, found)
                 continue
-            fuse(layer, backend)
+            lora_layers.fuse(layer, backend)
             made.layers["bank_lora"].append(name)
+    if "frozen_geglu" in wanted:
+        gates = gate_layers.gates_of(unet)
+        made.layers["frozen_geglu"] = list(gates)
+        for gate in gates.values():
+            gate_layers.fuse(gate, backend)
     object.__setattr__(unet, "_lit_patch", made)
     return made
 
@@ -98,7 +104,9 @@ def unpatch(unet: nn.Module) -> None:
     for processor in install(unet).values():
         processor.short_keys = None
     for name in made.layers.get("bank_lora", ()):
-        unfuse(unet.get_submodule(name))
+        lora_layers.unfuse(unet.get_submodule(name))
+    for name in made.layers.get("frozen_geglu", ()):
+        gate_layers.unfuse(unet.get_submodule(name))
     for name, processor in made.processors.items():
         unet.get_submodule(name).set_processor(processor)  # type: ignore[operator]
 

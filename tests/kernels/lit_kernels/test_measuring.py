@@ -28,10 +28,12 @@ def test_flops_are_those_that_torch_counts(case: measuring.Case) -> None:
     run, learning = case.build(torch.device("meta"))
     with FlopCounterMode(display=False) as forward:
         out = run("fallback")
-    if case.operator == "bank_adamw":  # no product
-        assert forward.get_total_flops() == 0 and case.flops == 15 * 32 * 99_648
+    if case.operator in ("bank_adamw", "frozen_geglu"):
+        assert forward.get_total_flops() == 0, "there is no product in it"
         return
     assert forward.get_total_flops() == case.flops
+    if not learning:
+        return
     outs = [out] if isinstance(out, Tensor) else list(out)
     with FlopCounterMode(display=False) as backward:
         torch.autograd.grad(outs, learning, [torch.ones_like(y) for y in outs])

@@ -180,6 +180,8 @@ def test_all_kernels_at_once(unet: Any) -> None:
     # Of 7 layers, 3 have heads 4 wide, which the kernels leave to fused attention.
     assert len(made.layers["short_key_attention"]) == 7 and calls.of["lit_kernels::short_key_attention"] == 4
     assert calls.of[OPERATOR] == calls.of[f"{OPERATOR}_backward"] == 1
+    # Gates before the first factor learn nothing and pass nothing on.
+    assert calls.of["lit_kernels::frozen_geglu"] == 7 and calls.of["lit_kernels::frozen_geglu_backward"] == 5
 
 
 def test_files_and_names_stay_stock(unet: Any, tmp_path: Path) -> None:
@@ -224,7 +226,7 @@ class Theirs(AttnProcessor2_0):
 
 
 def test_says_what_it_cannot_patch(unet: Any) -> None:
-    with pytest.raises(ValueError, match="unknown operator 'text'; there are text_kv, short_key_attention, bank_lora"):
+    with pytest.raises(ValueError, match="unknown operator 'text'; there are text_kv, short_key_attention, bank_lora, "):
         lit_kernels.patch(unet, ops=["text"])  # type: ignore[list-item]
     unet.mid_block.attentions[0].transformer_blocks[0].attn2.set_processor(Theirs())
     with pytest.raises(ValueError, match="mid_block.*attn2 has a Theirs; remove it before patching"):

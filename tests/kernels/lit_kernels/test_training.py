@@ -58,7 +58,7 @@ def train(targets: list[str], ops: Any, backend: Any) -> tuple[list[float], torc
         (ATTENTION, "auto", "fallback"),
         (["attn2.to_k", "attn2.to_v"], ["text_kv"], "triton"),
         (["attn2.to_k", "attn2.to_v"], ["short_key_attention"], "triton"),
-        (["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"], ["bank_lora"], "triton"),
+        (["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"], ["bank_lora", "frozen_geglu"], "triton"),
     ],
 )
 def test_fifty_steps_are_those_of_peft(targets: list[str], ops: Any, backend: str) -> None:
