@@ -2,7 +2,8 @@
 
 * "reference": the formula, readable, any dtype up to fp64.
 * "fallback": plain torch with few launches; runs everywhere and is never slower than what it replaces.
-* "triton": the fused kernels; they need a GPU, or Triton's interpreter (`TRITON_INTERPRET=1` set before the start).
+* "triton": the fused kernels; they need a GPU, or Triton's interpreter (`TRITON_INTERPRET=1` set before the start),
+  which is for tests: it is slow, and computes bf16 wrongly where no test mends it.
 * "auto": "triton" on an NVIDIA GPU where the operator has a configuration for the case, else "fallback".
 
 The choice is logged once for every operator and reason.

@@ -3,19 +3,17 @@
 Every operator lists the forms of its kernels that it launches (`shipped()`); each is compiled for sm_80 and sm_90 with
 Triton's own compiler and read with the tools that Triton brings along. Nothing here needs a driver.
 
-    litp profile compile            (or, without the trainer: python -m lit_kernels.compiling --only text_kv)
+    litp profile compile [--only text_kv] [--arch 90]
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import multiprocessing
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -182,20 +180,6 @@ def results_name() -> str:
     return f"compile-triton-{version('triton')}.json"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a table; 1 if a form has a fault."""
-    parser = argparse.ArgumentParser(prog="python -m lit_kernels.compiling", description=__doc__.partition("\n")[0])
-    parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="default: all")
-    parser.add_argument("--only", action="append", choices=OPERATORS, help="default: all operators")
-    given = parser.parse_args(arguments)
-    faults = 0
-    print(HEADER)
-    for one in compile_all(given.only or OPERATORS, given.arch or ARCHITECTURES):
-        print(line_of(one), flush=True)
-        faults += len(one.faults)
-    return int(faults > 0)
-
-
 HEADER = f"{'kernel':30} {'form':38} {'arch':6} registers  spills  shared  tensor-core  warps/SM"
 
 
@@ -205,7 +189,3 @@ def line_of(one: Resources) -> str:
         f"{one.name:30} {one.config:38} {one.arch:6} {one.registers:9} {one.spills:7} {one.shared_bytes:7} "
         f"{one.tensor_core_instructions:12} {one.warps_per_sm:9}  {'; '.join(one.faults)}"
     ).rstrip()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,7 +6,7 @@ get a view in the base's dtype once a step, so no activation is ever cast.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -103,6 +103,7 @@ class LoRA(Adapter):
         self._alphas: dict[str, float] = {}
         """For s = alpha / R: what a pattern or `use_rslora` says is in it."""
         self._dtype: torch.dtype | None = None
+        self._fused: frozenset[str] = frozenset()
 
     def attach(self, base: Base, seed: int = 0) -> None:
         if self.attached:
@@ -198,9 +199,15 @@ class LoRA(Adapter):
         for layer, module in self._peft.items():
             for part, linear in (("A", module.lora_A[self.name]), ("B", module.lora_B[self.name])):  # type: ignore[operator,index]
                 factor = self.factor(f"{layer}:{part}")
+                own = dtype == torch.float32 or layer in self._fused
                 # Not a registered parameter: the base's state dict stays free of adapters.
-                linear.__dict__["weight"] = factor if dtype == torch.float32 else factor.to(dtype)
+                linear.__dict__["weight"] = factor if own else factor.to(dtype)
         self._dtype = dtype
+
+    def leave_rounding_to(self, fused: Collection[str]) -> None:
+        """Fused layers take the factors themselves: no cast is launched, and gradients come back in fp32."""
+        self._fused = frozenset(fused)
+        self._dtype = None
 
     def set_active(self, active: bool) -> None:
         if active == self.active:

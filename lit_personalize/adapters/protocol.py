@@ -7,7 +7,7 @@ through this protocol. Legend: `W0 [out, in]`, `A [R, in]` (down), `B [out, R]` 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -202,6 +202,9 @@ class Adapter(nn.Module, ABC):
 
     def refresh(self, dtype: torch.dtype) -> None:
         """Cast the weights once for the coming step; the factors themselves stay fp32."""
+
+    def leave_rounding_to(self, fused: Collection[str]) -> None:
+        """Hear which layers now run kernels that read fp32 factors; most adapters hand out whole weights."""
 
     def at(self, progress: float) -> None:
         """Hear from a sampler, before each prediction, which share of the denoising is done; most do not care."""

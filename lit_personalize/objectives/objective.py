@@ -190,6 +190,9 @@ class Objective(pl.LightningModule):
             made = lit_kernels.patch(unet, backend=cast(lit_kernels.Backend, self.kernels))
         except ValueError as error:
             raise UsageError(f"kernels: {self.kernels}: {error}; kernels: off trains without them") from error
+        fused = [*made.layers["bank_lora"], *(f"{n}.to_{p}" for n in made.layers["text_kv"] for p in "kv")]
+        for adapter in self.trained:
+            adapter.leave_rounding_to([f"unet.{name}" for name in fused if name not in made.left])
         log.info("kernels: %s", str(made).replace("\n", "; "))
 
     def on_train_batch_start(self, batch: Mapping[str, Any] | Batch, batch_idx: int) -> None:

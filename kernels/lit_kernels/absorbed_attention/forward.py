@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lit_kernels.compiling import Shipped
-from lit_kernels.text_kv.forward import Config, accumulator
+from lit_kernels.tiles import Config, accumulator
 
 FIRST = 64
 """Keys before the tail."""

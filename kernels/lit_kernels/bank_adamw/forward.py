@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lit_kernels.compiling import Shipped
-from lit_kernels.text_kv.forward import accumulator
+from lit_kernels.tiles import accumulator
 
 PARTS = 256
 BLOCK = 1024

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_kernels.bank_lora.forward import launch_product, shipped_products
 from lit_kernels.compiling import Shipped
-from lit_kernels.text_kv.forward import Config, accumulator
+from lit_kernels.tiles import Config, accumulator, padded
 
 PART = 512
 """Rows that one program sums; whatever M is, so that an adapter's sums do not depend on the others."""
@@ -64,7 +64,7 @@ def launch_skinny(side_MR: Tensor, rows_MC: Tensor, adapters: int, transposed: b
     bank_lora_skinny[(triton.cdiv(width, SKINNY.columns), adapters * parts_each)](
         side_MR, rows_MC, parts,
         rows_each, PART, parts_each, width, rows_MC.stride(0), 1 if transposed else width, rank if transposed else 1,
-        RANK=rank, RANK_PAD=max(16, triton.next_power_of_2(rank)), BM=SKINNY.rows, BN=SKINNY.columns,
+        RANK=rank, RANK_PAD=padded(rank), BM=SKINNY.rows, BN=SKINNY.columns,
         ACC=accumulator(rows_MC.dtype), num_warps=SKINNY.warps, num_stages=SKINNY.stages,
     )  # fmt: skip
     return parts.squeeze(1) if parts_each == 1 else parts.sum(dim=1)

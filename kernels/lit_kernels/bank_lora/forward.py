@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lit_kernels.compiling import Shipped
-from lit_kernels.text_kv.forward import Config, accumulator
+from lit_kernels.tiles import Config, accumulator, padded
 
 MAX_RANK = 64
 MAX_RANK_INSIDE = 16
@@ -116,7 +116,7 @@ def launch_product(
         rows, weight, downs, ups, scales, rows if bias is None else bias, y, s,
         m // adapters, row_tiles, column_tiles, depth, width, rows.stride(0),
         FORWARD=forward, BIASED=bias is not None, GIVEN=given, RANK=rank,
-        RANK_PAD=max(16, triton.next_power_of_2(rank)),
+        RANK_PAD=padded(rank),
         BM=config.rows, BN=config.columns, BK=config.depth, ACC=accumulator(rows.dtype),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lit_kernels.compiling import Shipped
 from lit_kernels.frozen_geglu.forward import COLUMNS, ROWS, WARPS, normal_cdf, shipped_form
-from lit_kernels.text_kv.forward import accumulator
+from lit_kernels.tiles import accumulator
 
 
 @triton.jit

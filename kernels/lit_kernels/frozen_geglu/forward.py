@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lit_kernels.compiling import Shipped
-from lit_kernels.text_kv.forward import accumulator
+from lit_kernels.tiles import accumulator
 
 ROWS, COLUMNS, WARPS = 4, 256, 4
 """A tile; a warp has one row of it and a thread 8 neighbours, 16 bytes in bf16. 256 divides every F of SD and SDXL."""

@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lit_kernels.compiling import Shipped
-from lit_kernels.text_kv.forward import Config, accumulator, tiles_of
+from lit_kernels.text_kv.forward import tiles_of
+from lit_kernels.tiles import Config, accumulator, padded
 
 CONFIG = Config(32, 64, 64, 4, 2)
 """Rows and columns of a tile of dY; `depth` is not used."""
@@ -101,7 +102,7 @@ def launch(
     text_kv_backward[(len(tiles) + slices * row_tiles,)](
         grad_MN, s_MGR, up_NR, scale_G, tiles, bounds, dup, ds,
         m, grad_MN.stride(0), slices, len(tiles), row_tiles,
-        RANK=rank, RANK_PAD=max(16, triton.next_power_of_2(rank)), PERIOD=period,
+        RANK=rank, RANK_PAD=padded(rank), PERIOD=period,
         BM=CONFIG.rows, BN=CONFIG.columns, ACC=accumulator(grad_MN.dtype),
         num_warps=CONFIG.warps, num_stages=CONFIG.stages,
     )  # fmt: skip

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -17,19 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lit_kernels.compiling import Shipped
+from lit_kernels.tiles import Config, accumulator, padded
 
 MAX_RANK = 64
-
-
-@dataclass(frozen=True)
-class Config:
-    """One compiled form: rows, columns and depth of a tile, and how it is run."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
 
 
 @triton.jit
@@ -96,11 +85,6 @@ def unsupported(rank: int, dtype: torch.dtype) -> str:
     return ""
 
 
-def accumulator(dtype: torch.dtype) -> tl.dtype:
-    """fp64 for fp64, fp32 for all others."""
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
 @functools.lru_cache(maxsize=64)
 def tiles_of(widths: tuple[int, ...], columns: int, device: torch.device) -> Tensor:
     """int32 `[T, 4]` for every tile of columns: its slice, first column, end of the slice, whether it is its first."""
@@ -123,7 +107,7 @@ def launch(
     text_kv_forward[(len(tiles), triton.cdiv(m, config.rows))](
         text_MD, weight_ND, down_GRD, up_NR, scale_G, tiles, y, s,
         m, depth, text_MD.stride(0), y.stride(0), slices,
-        RANK=rank, RANK_PAD=max(16, triton.next_power_of_2(rank)),
+        RANK=rank, RANK_PAD=padded(rank),
         BM=config.rows, BN=config.columns, BK=config.depth, ACC=accumulator(text_MD.dtype),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip

@@ -29,6 +29,7 @@ ADAPTERS: dict[str, Callable[[], list[Adapter]]] = {
     "lora": lambda: [LoRA(rank=2, alpha=3)],
     "custom diffusion": lambda: [KeyValueDelta(), TokenEmbedding("<new1>", init="cat")],
     "two": lambda: [LoRA(rank=2, targets="key_value"), LoRA(rank=3, targets="query_value", name="other", alpha=1)],
+    "key value": lambda: [LoRA(rank=2, targets="key_value")],
     "dora": lambda: [LoRA(rank=2, use_dora=True)],
     "oft": lambda: [OFT()],
 }
@@ -67,6 +68,32 @@ def test_training_learns_the_same(
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_fused_layers_of_a_bf16_base_take_fp32_factors(tiny_bases: dict[str, Path], make_batch: MakeBatch) -> None:
+    """Roundings differ, what is learned does not: the change of the factors points the same way."""
+    begun = Denoising(str(tiny_bases["sd1"]), ADAPTERS["key value"]())
+    begun.configure_model()
+    before = {n: v for adapter in begun.trained for n, v in adapter.snapshot().items()}
+    found, expected = (
+        trained(tiny_bases["sd1"], "key value", make_batch, kernels=way, dtype="bfloat16")
+        for way in ("fallback", "off")
+    )
+    one, two = (torch.cat([(after[n] - v).flatten() for n, v in before.items()]) for after in (found, expected))
+    assert one.norm() > 0 and torch.nn.functional.cosine_similarity(one, two, dim=0) > 0.99
+
+
+def test_no_factor_of_a_fused_layer_is_cast(tiny_bases: dict[str, Path], make_batch: MakeBatch) -> None:
+    objective = Denoising(str(tiny_bases["sd1"]), [LoRA(rank=2)], dtype="bfloat16", kernels="fallback")
+    objective.configure_model()
+    lora: Any = objective.trained[0]
+    weights = [linear.weight for layer in lora._peft.values() for linear in layer.lora_A.values()]
+    assert {weight.dtype for weight in weights} == {torch.bfloat16}
+    objective._fuse()
+    lora.refresh(torch.bfloat16)
+    weights = [linear.weight for layer in lora._peft.values() for linear in layer.lora_A.values()]
+    factors = {id(factor) for factor in lora.named_factors().values()}
+    assert len(weights) == 4 * 8 and {id(weight) for weight in weights} <= factors
 
 
 def test_a_cpu_is_left_alone_by_default(
