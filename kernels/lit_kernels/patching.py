@@ -69,7 +69,9 @@ def patch(unet: nn.Module, ops: Literal["auto"] | Sequence[Operator] = "auto", b
             for part in ("to_k", "to_v"):
                 if isinstance(found := projection_of(getattr(layer, part)), str):
                     made.left[f"{name}.{part}"] = found
-        made.hooks.append(unet.register_forward_pre_hook(TextKeyValues(cross, backend), with_kwargs=True))
+        source = TextKeyValues(cross, backend)
+        made.hooks.append(unet.register_forward_pre_hook(source, with_kwargs=True))
+        made.hooks.append(unet.register_forward_hook(source.clear, always_call=True))
     if "short_key_attention" in wanted:
         made.layers["short_key_attention"] = list(cross)
         for name in cross:

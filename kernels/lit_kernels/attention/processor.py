@@ -1,7 +1,8 @@
 """The one attention processor: a diffusers `Attention` processor with slots.
 
-* `key_values`, an argument of the call (diffusers' `cross_attention_kwargs`): K and V of cross-attention layers by
-  name, where they were computed for all layers at once. A layer that is not in it uses its own `to_k` and `to_v`.
+* `given`: K and V of this layer, where they were computed for all layers at once; set and cleared around a pass. Or
+  `key_values`, an argument of the call (diffusers' `cross_attention_kwargs`), has them by layer name. A layer that has
+  neither uses its own `to_k` and `to_v`.
 * `detach_first_token`: no gradient through token 0's K and V (Custom Diffusion).
 * `tap`: receives the probabilities of this layer and may replace them (attention maps, prompt-to-prompt).
 * `tap_limit`: the tap is not called where there are more query tokens: the maps of large self-attention layers would
@@ -42,9 +43,12 @@ class AttentionProcessor:
     tap: Tap | None = None
     tap_limit: int | None = None
     short_keys: kernels.Backend | None = None
+    given: tuple[Tensor, Tensor] | None = None
 
     def key_value(self, attn: Any, states_BSE: Tensor, key_values: KeyValues | None = None) -> tuple[Tensor, Tensor]:
         """K and V `[B, S, C]` of this layer for `states_BSE`."""
+        if self.is_cross and self.given is not None:
+            return self.given
         if key_values is not None and self.name in key_values:
             return key_values[self.name]
         key, value = attn.to_k(states_BSE), attn.to_v(states_BSE)

@@ -1,8 +1,9 @@
 """K and V of a UNet's cross-attention layers, computed once before each of its forward passes.
 
-A hook in front of the UNet's `forward` projects the text for all layers and hands the results on as diffusers'
-`cross_attention_kwargs`. They are arguments like any other: a block that recomputes its activations in the backward
-pass (gradient checkpointing) is given the same ones, and two passes with one text but other adapters do not meet.
+A hook in front of the UNet's `forward` projects the text for all layers and gives each layer its own. A layer reads
+them from its processor, so that compiled blocks are alike whatever their names. Under gradient checkpointing they travel
+as diffusers' `cross_attention_kwargs` instead: a block that recomputes its activations in the backward pass is given
+the same ones again, and two passes with one text but other adapters do not meet.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lit_kernels.text_kv.function import text_key_values
 
 
 class TextKeyValues:
-    """A forward pre-hook of a UNet.
+    """A forward pre-hook of a UNet; `clear` is its forward hook.
 
     Args:
         layers: Cross-attention layers by name, as their processors name them.
@@ -35,13 +36,26 @@ class TextKeyValues:
 
     def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
-        given = kwargs.get("cross_attention_kwargs") or {}
-        kwargs = {**kwargs, "cross_attention_kwargs": {**given, "key_values": self.of(text)}}
+        found = self.of(text)
+        if torch.is_grad_enabled() and getattr(unet, "is_gradient_checkpointing", False):
+            given = kwargs.get("cross_attention_kwargs") or {}
+            return args, {**kwargs, "cross_attention_kwargs": {**given, "key_values": found}}
+        for name, key_value in found.items():
+            self._processor(name).given = key_value
         return args, kwargs
+
+    def clear(self, unet: nn.Module, args: Any, output: Any) -> None:
+        """The pass is over: what was given is of no other."""
+        for name in self.layers:
+            self._processor(name).given = None
+
+    def _processor(self, name: str) -> AttentionProcessor:
+        layer: Any = self.layers[name]
+        return layer.processor  # type: ignore[no-any-return]
 
     def of(self, text_BSD: Tensor) -> KeyValues:
         """K and V `[B, S, C]` by layer name; layers that cannot be read are left out and compute their own."""
-        detach = {name: self._detaches(layer) for name, layer in self.layers.items()}
+        detach = {name: self._processor(name).detach_first_token for name in self.layers}
         groups: dict[tuple[int, bool], list[tuple[str, Projection]]] = {}
         for name, layer in self.layers.items():
             for part in ("to_k", "to_v"):
@@ -69,11 +83,6 @@ class TextKeyValues:
         if key not in self._scales:
             self._scales[key] = torch.tensor(key[0], dtype=torch.float32, device=device)
         return self._scales[key]
-
-    @staticmethod
-    def _detaches(layer: Any) -> bool:
-        processor = layer.processor
-        return isinstance(processor, AttentionProcessor) and processor.detach_first_token
 
 
 def _factors(projections: list[Projection], name: str) -> list[Tensor]:

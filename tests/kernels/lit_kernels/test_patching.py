@@ -184,6 +184,34 @@ def test_all_kernels_at_once(unet: Any) -> None:
     assert calls.of["lit_kernels::frozen_geglu"] == 7 and calls.of["lit_kernels::frozen_geglu_backward"] == 5
 
 
+def test_what_a_pass_is_given_is_of_no_other(unet: Any) -> None:
+    """Neither after a pass, nor after one that failed."""
+    lora(unet)
+    lit_kernels.patch(unet, backend="fallback")
+    step(unet)
+    with pytest.raises(RuntimeError):
+        unet(torch.ones(1, 5, 8, 8), 3, torch.ones(1, 7, 24))
+    assert {processor.given for processor in unet.attn_processors.values()} == {None}
+
+
+def test_compiled_blocks_are_alike_whatever_their_names(unet: Any) -> None:
+    """As many graphs as without kernels: one for each shape of the hidden states."""
+    lora(unet)
+    graphs, outputs = [], []
+    for patched in (False, True):
+        if patched:
+            lit_kernels.patch(unet, backend="fallback")
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        for module in unet.modules():
+            if type(module).__name__ == "BasicTransformerBlock":
+                module.compile(backend="eager", dynamic=False, fullgraph=True)
+        outputs.append(unet(torch.ones(1, 4, 8, 8), torch.tensor([3]), torch.ones(1, 7, 24)).sample)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    torch.testing.assert_close(*outputs, atol=2e-6, rtol=1e-4)
+    assert graphs[0] == graphs[1] < 7
+
+
 def test_files_and_names_stay_stock(unet: Any, tmp_path: Path) -> None:
     """Names, values and parameter objects; saving works although weights share a storage."""
     before = {name: (id(p), p.detach().clone()) for name, p in unet.named_parameters()}
