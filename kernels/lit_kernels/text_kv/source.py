@@ -1,9 +1,9 @@
 """K and V of a UNet's cross-attention layers, computed once before each of its forward passes.
 
 A hook in front of the UNet's `forward` projects the text for all layers and gives each layer its own. A layer reads
-them from its processor, so that compiled blocks are alike whatever their names. Under gradient checkpointing they travel
-as diffusers' `cross_attention_kwargs` instead: a block that recomputes its activations in the backward pass is given
-the same ones again, and two passes with one text but other adapters do not meet.
+them from its processor, so that compiled blocks are alike whatever their names. Under gradient checkpointing they
+travel as diffusers' `cross_attention_kwargs` instead: a block that recomputes its activations in the backward pass is
+given the same ones again, and two passes with one text but other adapters do not meet.
 """
 
 from __future__ import annotations
