@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from lit_personalize import atomic
 from lit_personalize.report.layer_times import Clock, LayerTimes, blocks_of, kinds_of
 
 PHASES = ("data", "forward", "backward", "optimizer")
@@ -107,8 +110,8 @@ class StepProfile(Callback):
             "gpu_busy_ms": busy,
             "launch_bound": launch_bound,
         }
-        self.trace.parent.mkdir(parents=True, exist_ok=True)
-        self._profile.export_chrome_trace(str(self.trace))
+        with atomic.replacing(self.trace) as temporary:
+            self._profile.export_chrome_trace(str(temporary))
 
     # ---- parts ------------------------------------------------------------------------------------
 
@@ -123,16 +126,25 @@ class StepProfile(Callback):
     def _operators(self) -> tuple[list[dict[str, Any]], float | None]:
         """Operators by their own time a traced step, and how long the GPU was busy; None on a CPU."""
         cuda = self._clock.cuda
-        field = "self_device_time_total" if cuda else "self_cpu_time_total"
-        events = [event for event in self._profile.key_averages() if getattr(event, field) > 0]
-        own = sum(getattr(event, field) for event in events)
-        rows = [
-            {
-                "name": event.key,
-                "calls": event.count / self.traced,
-                "own_ms": getattr(event, field) / 1000 / self.traced,
-                "share": getattr(event, field) / own,
-            }
-            for event in sorted(events, key=lambda event: -getattr(event, field))
-        ]
-        return rows, own / 1000 / self.traced if cuda else None
+        rows, own = operators_of(self._profile.key_averages(), self.traced, cuda)
+        return rows, own if cuda else None
+
+
+def operators_of(events: Iterable[Any], steps: int, cuda: bool) -> tuple[list[dict[str, Any]], float]:
+    """Operators by their own milliseconds a step, of the GPU if `cuda`, and their sum.
+
+    The profiler gives a kernel's time twice, to the operator that launched it and to the kernel: operators count.
+    """
+    field = "self_device_time_total" if cuda else "self_cpu_time_total"
+    chosen = [event for event in events if event.device_type == DeviceType.CPU and getattr(event, field) > 0]
+    own = sum(getattr(event, field) for event in chosen)
+    rows = [
+        {
+            "name": event.key,
+            "calls": event.count / steps,
+            "own_ms": getattr(event, field) / 1000 / steps,
+            "share": getattr(event, field) / own,
+        }
+        for event in sorted(chosen, key=lambda event: -getattr(event, field))
+    ]
+    return rows, own / 1000 / steps

@@ -16,8 +16,12 @@ mkdir -p "$out"
 piece() {
   case $1 in
     tests)
+      # Two files compare whole UNets on the CPU, in the interpreter. A failure is kept, and the other pieces go on.
       [ -e "$out/tests.txt" ] || {
-        "$PYTHON" -m pytest -q tests/kernels | tail -n 30 > "$out/tests.tmp" && mv "$out/tests.tmp" "$out/tests.txt"
+        "$PYTHON" -m pytest -q tests/kernels --ignore tests/kernels/lit_kernels/test_patching.py \
+          --ignore tests/kernels/lit_kernels/test_training.py > "$out/tests.tmp" 2>&1 || true
+        mv "$out/tests.tmp" "$out/tests.txt"
+        tail -n 30 "$out/tests.txt"
       }
       ;;
     compile) "$PYTHON" -m lit_personalize profile compile --out "$out" ;;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -87,6 +88,8 @@ def _step(options: argparse.Namespace, rest: list[str]) -> int:
 def _compile(options: argparse.Namespace) -> int:
     from lit_kernels import compiling
 
+    if importlib.util.find_spec("triton") is None:
+        raise UsageError("Triton is not installed: pip install triton (there is none but for Linux)")
     for given, known, what in (
         (options.arch, compiling.ARCHITECTURES, "architecture"),
         (options.only, compiling.OPERATORS, "operator"),

@@ -26,9 +26,9 @@ from lit_kernels.short_key_attention.forward import (
     mask_or_nothing,
     sizes_of,
     strides_of,
-    triton_accumulator,
 )
 from lit_kernels.short_key_attention.function import MAX_KEYS, accumulator
+from lit_kernels.tiles import accumulator as sums_in
 
 PROGRAMS = 132
 """Programs that are wanted at least: one for each multiprocessor of an H100; the same everywhere, and so are sums."""
@@ -147,7 +147,7 @@ def launch(
             query, key, value, added, grad, d_query, partial,
             *sizes_of(query, key, heads), *strides_of(query, key, value, grad), masked, length // config.rows,
             KEYS=MAX_KEYS, WIDE=blocks[0], REST=blocks[1], DQ="q" in parts, DK="k" in parts, DV="v" in parts,
-            BM=config.rows, ACC=triton_accumulator(query.dtype), num_warps=config.warps, num_stages=config.stages,
+            BM=config.rows, ACC=sums_in(query.dtype), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return d_query, partial.sum(0).to(query.dtype)
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lit_kernels.compiling import Shipped
 from lit_kernels.short_key_attention.function import MAX_KEYS, accumulator
+from lit_kernels.tiles import accumulator as sums_in
 
 BLOCKS = {48: (32, 16), 64: (64, 0), 80: (64, 16), 160: (128, 32)}
 """Columns of the two blocks, by the widest head that they take."""
@@ -142,11 +142,6 @@ def mask_or_nothing(mask: Tensor | None, query: Tensor) -> tuple[Tensor, int]:
     return mask.contiguous(), mask.shape[1]
 
 
-def triton_accumulator(dtype: torch.dtype) -> tl.dtype:
-    """fp64 for fp64, fp32 for all others."""
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
 def launch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, heads: int) -> Tensor:
     """The output `[B, T, C]`, contiguous; `mask` `[B, S]` is additive, in the accumulator's dtype."""
     batch, queries, columns = query.shape
@@ -155,7 +150,7 @@ def launch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, heads
     added, masked = mask_or_nothing(mask, query)
     short_key_forward[(triton.cdiv(queries, FORWARD.rows), batch * heads)](
         query, key, value, added, out, *sizes_of(query, key, heads), *strides_of(query, key, value), masked,
-        KEYS=MAX_KEYS, WIDE=wide, REST=rest, BM=FORWARD.rows, ACC=triton_accumulator(query.dtype),
+        KEYS=MAX_KEYS, WIDE=wide, REST=rest, BM=FORWARD.rows, ACC=sums_in(query.dtype),
         num_warps=FORWARD.warps, num_stages=FORWARD.stages,
     )  # fmt: skip
     return out
@@ -168,7 +163,7 @@ def launch_map(query: Tensor, key: Tensor, mask: Tensor | None, heads: int) -> T
     added, masked = mask_or_nothing(mask, query)
     short_key_map[(triton.cdiv(queries, MAP.rows), batch)](
         query, key, added, out, *sizes_of(query, key, heads), *strides_of(query, key), masked,
-        KEYS=MAX_KEYS, BK=MAP_COLUMNS, BM=MAP.rows, ACC=triton_accumulator(query.dtype),
+        KEYS=MAX_KEYS, BK=MAP_COLUMNS, BM=MAP.rows, ACC=sums_in(query.dtype),
         num_warps=MAP.warps, num_stages=MAP.stages,
     )  # fmt: skip
     return out

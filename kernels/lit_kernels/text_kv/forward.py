@@ -18,8 +18,6 @@ from torch import Tensor
 from lit_kernels.compiling import Shipped
 from lit_kernels.tiles import Config, accumulator, padded
 
-MAX_RANK = 64
-
 
 @triton.jit
 def text_kv_forward(
@@ -74,15 +72,6 @@ def config_for(rows: int, rank: int, dtype: torch.dtype = torch.bfloat16) -> Con
     if rows <= 512:
         return Config(64, 64, depth, 4, 3)
     return Config(128, 128 if rank <= 16 else 64, depth, 8, 3)  # 128x128 spills at rank 64
-
-
-def unsupported(rank: int, dtype: torch.dtype) -> str:
-    """Why there is no configuration; empty where there is one."""
-    if rank > MAX_RANK:
-        return f"rank {rank} is above {MAX_RANK}"
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        return f"{dtype} is not supported"
-    return ""
 
 
 @functools.lru_cache(maxsize=64)

@@ -55,19 +55,21 @@ class TextKeyValues:
 
     def of(self, text_BSD: Tensor) -> KeyValues:
         """K and V `[B, S, C]` by layer name; layers that cannot be read are left out and compute their own."""
-        detach = {name: self._processor(name).detach_first_token for name in self.layers}
+        named = [(name, part, getattr(self.layers[name], part)) for name in self.layers for part in ("to_k", "to_v")]
+        # All K, then all V, each by width: whichever of the two an adapter changes lies side by side, and so do widths.
+        named.sort(key=lambda entry: (entry[1], getattr(entry[2], "out_features", 0)))
+        read = {f"{name}.{part}": projection_of(layer) for name, part, layer in named}
+        slices = {name: p for name, p in read.items() if isinstance(p, Projection) and p.bias is None}
+        _keep_together([projection.weight for projection in slices.values()])
         groups: dict[tuple[int, bool], list[tuple[str, Projection]]] = {}
-        for name, layer in self.layers.items():
-            for part in ("to_k", "to_v"):
-                found = projection_of(getattr(layer, part))
-                if isinstance(found, Projection) and found.bias is None:
-                    groups.setdefault((found.rank, detach[name]), []).append((f"{name}.{part}", found))
+        for name, projection in slices.items():
+            detach = self._processor(name.rpartition(".")[0]).detach_first_token
+            groups.setdefault((projection.rank, detach), []).append((name, projection))
         values: dict[str, Tensor] = {}
         for (rank, first_detached), members in groups.items():
-            # Slices of one width follow each other, so that paths which take one width at a time copy nothing.
-            members.sort(key=lambda member: len(member[1].weight))
             projections = [projection for _, projection in members]
-            _keep_together(projections)
+            _keep_together(_factors(projections, "down"))
+            _keep_together(_factors(projections, "up"))
             scales = self._scales_of(projections, text_BSD.device) if rank else None
             projected = text_key_values(
                 text_BSD, [p.weight for p in projections], _factors(projections, "down"), _factors(projections, "up"),
@@ -89,11 +91,9 @@ def _factors(projections: list[Projection], name: str) -> list[Tensor]:
     return [factor for p in projections if (factor := getattr(p, name)) is not None]
 
 
-def _keep_together(projections: list[Projection]) -> None:
-    """Lay frozen weights, and factors that are parameters, side by side; once, and again after a move to a device."""
-    for name in ("weight", "down", "up"):
-        tensors = [tensor for p in projections if (tensor := getattr(p, name)) is not None]
-        owned = all(isinstance(tensor, nn.Parameter) for tensor in tensors)
-        alike = len({(t.dtype, t.device, t.shape[1:]) for t in tensors}) == 1
-        if tensors and owned and alike and not torch.compiler.is_compiling():
-            lay_side_by_side(tensors)
+def _keep_together(tensors: list[Tensor]) -> None:
+    """Lay parameters side by side; once, and again after a move to a device. What is made anew every pass is left."""
+    owned = all(isinstance(tensor, nn.Parameter) for tensor in tensors)
+    alike = len({(t.dtype, t.device, t.shape[1:]) for t in tensors}) == 1
+    if owned and alike and not torch.compiler.is_compiling():
+        lay_side_by_side(tensors)

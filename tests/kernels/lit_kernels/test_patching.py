@@ -184,6 +184,22 @@ def test_all_kernels_at_once(unet: Any) -> None:
     assert calls.of["lit_kernels::frozen_geglu"] == 7 and calls.of["lit_kernels::frozen_geglu_backward"] == 5
 
 
+def test_switching_adapters_moves_no_weight(unet: Any) -> None:
+    """LoRA on V alone: with and without it, all K and V stay where they were laid, and nothing is copied again."""
+    lora(unet, targets=("attn2.to_v",))
+    lit_kernels.patch(unet, backend="fallback")
+    places = set()
+    for switch in (unet.enable_adapters, unet.disable_adapters, unet.enable_adapters):
+        switch()
+        with Calls() as calls, torch.no_grad():
+            unet(torch.ones(1, 4, 8, 8), 3, torch.ones(1, 7, 24))
+        weights = [p for n, p in unet.named_parameters() if ".attn2.to_" in n and ("to_k" in n or "base_layer" in n)]
+        places.add(tuple(p.data_ptr() for p in weights))
+    assert len(places) == 1 and len(weights) == 14
+    skips = 7  # of the UNet's own, which join the two sides
+    assert calls.of["aten::cat"] <= skips + 2, "weights or factors were joined by copying"
+
+
 def test_what_a_pass_is_given_is_of_no_other(unet: Any) -> None:
     """Neither after a pass, nor after one that failed."""
     lora(unet)

@@ -6,12 +6,15 @@ import gzip
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch.autograd import DeviceType
 
+from lit_callbacks.step_profile import operators_of
 from lit_personalize.cli.main import main
 from lit_personalize.report.layer_times import Clock, LayerTimes
 
@@ -54,6 +57,21 @@ def test_layers_take_the_time_that_they_take() -> None:
     assert list(found) == ["ends", "middle"]
     assert 30 <= found["ends"]["forward_ms"] < 55 and 60 <= found["ends"]["backward_ms"] < 85
     assert 60 <= found["middle"]["forward_ms"] < 85 and 30 <= found["middle"]["backward_ms"] < 55
+
+
+def test_a_kernels_time_counts_once() -> None:
+    """On a GPU the profiler gives it to the operator and to the kernel; on a CPU there are operators alone."""
+    kinds = {"aten::mm": (DeviceType.CPU, 5.0, 3000.0), "gemm": (DeviceType.CUDA, 0.0, 3000.0)}
+    kinds["aten::add"] = (DeviceType.CPU, 15.0, 1000.0)
+    events = [
+        SimpleNamespace(key=key, count=4, device_type=kind, self_cpu_time_total=cpu, self_device_time_total=gpu)
+        for key, (kind, cpu, gpu) in kinds.items()
+    ]
+    rows, own = operators_of(events, 2, cuda=True)
+    assert own == 2.0 and [(row["name"], row["own_ms"], row["share"]) for row in rows] == [
+        ("aten::mm", 1.5, 0.75), ("aten::add", 0.5, 0.25),
+    ]  # fmt: skip
+    assert [row["name"] for row in operators_of(events, 2, cuda=False)[0]] == ["aten::add", "aten::mm"]
 
 
 def profile(workplace: Path, base: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
