@@ -4,7 +4,8 @@
 * "fallback": plain torch with few launches; runs everywhere and is never slower than what it replaces.
 * "triton": the fused kernels; they need a GPU, or Triton's interpreter (`TRITON_INTERPRET=1` set before the start),
   which is for tests: it is slow, and computes bf16 wrongly where no test mends it.
-* "auto": "triton" on an NVIDIA GPU where the operator has a configuration for the case, else "fallback".
+* "auto": "triton" on an NVIDIA GPU where the operator has a configuration for the case, else "fallback"; and "fallback"
+  where the GPU's table (`lit_kernels.dispatch`) says that it was faster.
 
 The choice is logged once for every operator and reason.
 """
@@ -18,6 +19,8 @@ import os
 from typing import Literal, get_args
 
 import torch
+
+from lit_kernels import dispatch
 
 Backend = Literal["auto", "triton", "fallback", "reference"]
 Path = Literal["triton", "fallback", "reference"]
@@ -42,27 +45,34 @@ def why_not_triton(device: torch.device) -> str:
     return f"Triton kernels need an NVIDIA GPU, not {device.type} (or TRITON_INTERPRET=1 set before the start)"
 
 
-def choose(operator: str, backend: Backend, device: torch.device, unsupported: str = "") -> Path:
+def choose(
+    operator: str, backend: Backend, device: torch.device, unsupported: str = "", key: dispatch.Key | None = None
+) -> Path:
     """The path to take.
 
     Args:
         operator: For the log and for errors.
         unsupported: Why the kernels of this operator have no configuration for the case; empty where they have one.
+        key: What "auto" looks up in the GPU's table; without one nothing is looked up.
 
     Raises:
-        ValueError: No such backend, or "triton" was asked for where it cannot run.
+        ValueError: No such backend, "triton" was asked for where it cannot run, or the GPU's table cannot be read.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"unknown backend {backend!r}; use one of {', '.join(get_args(Backend))}")
     if backend in ("fallback", "reference"):
         return backend  # type: ignore[return-value]
     reason = why_not_triton(device) or unsupported
+    if key is not None:
+        dispatch.noted(key)
     if backend == "triton":
         if reason:
             raise ValueError(f"{operator}: {reason}; use backend='auto'")
         return "triton"
     if device.type == "cpu":  # the interpreter is for tests; nobody wants it by default
         reason = reason or "the interpreter is slow"
+    if not reason and key is not None and dispatch.path(key, device) == "fallback":
+        reason = "some sizes were measured to be faster so on this GPU"
     _tell(operator, "fallback" if reason else "triton", reason)
     return "fallback" if reason else "triton"
 

@@ -2,24 +2,27 @@
 
 Bytes are the least that has to be read and written (every tensor once), FLOPs those of the formula; both are counted
 from shapes. The limit, max(FLOPs / peak, bytes / bandwidth), is modelled. Times are medians of Triton's `do_bench` with
-a cold L2, of the kernels and of plain torch side by side; without a GPU there are none.
+a cold L2, of the kernels with the tiles of the GPU's table, of plain torch and of every baseline (`lit_kernels.
+baselines`) side by side; without a GPU there are none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_kernels.absorbed_attention.function import Absorbed, absorbed_attention
+from lit_kernels.absorbed_attention.function import absorb, absorbed_attention
 from lit_kernels.bank_adamw.function import bank_adamw
 from lit_kernels.bank_lora.function import bank_lora
+from lit_kernels.baselines import Baseline, baselines_of
 from lit_kernels.frozen_geglu.function import frozen_geglu
 from lit_kernels.short_key_attention.function import short_key_attention
 from lit_kernels.text_kv.function import text_key_values
+from lit_kernels.timing import Bench, do_bench, passes_of
 
 PEAKS: dict[str, tuple[float, float]] = {"H200": (790e12, 4.3e12), "A100": (312e12, 2.0e12)}
 """bf16 FLOP/s and bytes/s by a part of the device's name; the first is what the limit is modelled for without a GPU."""
@@ -28,20 +31,34 @@ MODELS: dict[str, dict[str, Any]] = {
     "sd15": {"text": 768, "layers": [(320, 8, 4096, 5), (640, 8, 1024, 5), (1280, 8, 256, 5), (1280, 8, 64, 1)]},
     "sdxl": {"text": 2048, "layers": [(640, 10, 4096, 10), (1280, 20, 1024, 60)]},
 }
+BANK = {"adapters": 32, "width": 320, "tokens": 4096, "parameters": 99_648}
+"""Of W2W: SD1.5's widest maps, two pictures an adapter, and the parameters of one."""
 TOKENS = 77
 RANK = 8
+SCALE = 0.5
+
+
+@dataclass
+class Built:
+    """A case's inputs on a device."""
+
+    run: Callable[[Any], Any]
+    """Of the backend; returns what a backward pass can begin with."""
+    learning: list[Tensor]
+    """Inputs that learn."""
+    given: dict[str, Any]
+    """All inputs by name, for baselines."""
 
 
 @dataclass
 class Case:
-    """One operator at one size; `run(backend)` returns what a backward pass can begin with."""
+    """One operator at one size."""
 
     operator: str
     size: str
     bytes: int
     flops: int
-    build: Callable[[torch.device], tuple[Callable[[str], Any], list[Tensor]]]
-    """Inputs on a device: a function of the backend, and the inputs that learn."""
+    build: Callable[[torch.device], Built]
     backward_bytes: int = 0
     backward_flops: int = 0
 
@@ -59,6 +76,8 @@ class Row:
     limited_by: str
     time_us: float | None = None
     torch_us: float | None = None
+    baselines: dict[str, float | str] = field(default_factory=dict)
+    """Time of each baseline, or why it has none."""
 
     @property
     def share(self) -> float | None:
@@ -69,10 +88,24 @@ class Row:
     def ratio(self) -> float | None:
         return None if self.time_us is None or self.torch_us is None else self.torch_us / self.time_us
 
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Time of each baseline that has one / time of the kernels; "best SDPA" is the fastest of torch's attentions."""
+        if self.time_us is None:
+            return {}
+        found = {name: time / self.time_us for name, time in self.baselines.items() if not isinstance(time, str)}
+        attentions = [ratio for name, ratio in found.items() if name.startswith("SDPA ")]
+        return {**found, "best SDPA": min(attentions)} if attentions else found
 
-def cases(batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
+
+def cases(
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    models: Mapping[str, dict[str, Any]] = MODELS,
+    bank: Mapping[str, int] = BANK,
+) -> Iterator[Case]:
     """Every operator at every size that a step of the models has."""
-    for model, shape in MODELS.items():
+    for model, shape in models.items():
         yield _text_kv(model, shape, batch, dtype)
         for width, heads, tokens, _ in shape["layers"]:
             yield _short_keys(model, width, heads, tokens, batch, dtype)
@@ -82,8 +115,8 @@ def cases(batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]
             yield _frozen_geglu(model, 4 * width, tokens, batch, dtype)
         for width, heads, tokens, _ in shape["layers"]:
             yield _absorbed(model, width, heads, tokens, batch, dtype)
-    yield _bank_lora("sd15", 320, 4096, 2 * 32, 32, dtype)
-    yield _bank_adamw(32, 99_648)
+    yield _bank_lora("sd15", bank["width"], bank["tokens"], 2 * bank["adapters"], bank["adapters"], dtype)
+    yield _bank_adamw(bank["adapters"], bank["parameters"])
 
 
 def peaks_of(device: torch.device | None) -> tuple[str, float, float]:
@@ -97,7 +130,7 @@ def measure(chosen: Sequence[Case], device: torch.device | None) -> Iterator[Row
     """Rows of the cases, with times if `device` is a GPU."""
     _, flops, bandwidth = peaks_of(device)
     for case in chosen:
-        times = _times(case, device) if device is not None else {}
+        times = times_of(case, device, do_bench) if device is not None else {}
         for direction, moved, done in (
             ("forward", case.bytes, case.flops),
             ("backward", case.backward_bytes, case.backward_flops),
@@ -105,29 +138,30 @@ def measure(chosen: Sequence[Case], device: torch.device | None) -> Iterator[Row
             if not moved:
                 continue
             by_flops, by_bytes = done / flops, moved / bandwidth
+            found = {name: time if isinstance(time, str) else time[direction] for name, time in times.items()}
+            ours, plain = (found.pop(backend, None) for backend in ("triton", "fallback"))
             yield Row(
                 case.operator, case.size, direction, moved / 1e6, done / 1e9, 1e6 * max(by_flops, by_bytes),
-                "arithmetic" if by_flops > by_bytes else "memory", times.get((direction, "triton")),
-                times.get((direction, "fallback")),
+                "arithmetic" if by_flops > by_bytes else "memory",
+                None if isinstance(ours, str) else ours, None if isinstance(plain, str) else plain, found,
             )  # fmt: skip
 
 
-def _times(case: Case, device: torch.device) -> dict[tuple[str, str], float]:
-    from triton.testing import do_bench
-
-    run, learning = case.build(device)
-    found = {}
-    for backend in ("triton", "fallback"):
-        found["forward", backend] = 1000 * float(do_bench(lambda b=backend: run(b), return_mode="median"))
-        if case.backward_bytes:
-            out = run(backend)
-            outs = [out] if isinstance(out, Tensor) else list(out)
-            grads = [torch.ones_like(y) for y in outs]
-            found["backward", backend] = 1000 * float(
-                do_bench(
-                    lambda o=outs, g=grads: torch.autograd.grad(o, learning, g, retain_graph=True), return_mode="median"
-                )
-            )
+def times_of(case: Case, device: torch.device, bench: Bench) -> dict[str, dict[str, float] | str]:
+    """Time of each pass of "triton", "fallback" and every baseline, by name; or why there is none."""
+    built = case.build(device)
+    ways: dict[str, Callable[[], Baseline]] = {
+        backend: lambda b=backend: Baseline(lambda: built.run(b), built.learning)  # type: ignore[misc]
+        for backend in ("triton", "fallback")
+    }
+    found: dict[str, dict[str, float] | str] = {}
+    for name, make in {**ways, **baselines_of(case.operator, built.given)}.items():
+        try:
+            found[name] = passes_of(make(), bench)
+        except Exception as error:  # noqa: BLE001 - what cannot run here leaves the others; it is written down
+            if name in ways:
+                raise
+            found[name] = f"{type(error).__name__}: {str(error)[:200]}"
     return found
 
 
@@ -139,13 +173,15 @@ def _text_kv(model: str, shape: dict[str, Any], batch: int, dtype: torch.dtype) 
     widths = [width for width, _, _, count in shape["layers"] for _ in range(2 * count)]
     rows, depth, total, slices = batch * TOKENS, shape["text"], sum(widths), len(widths)
 
-    def build(device: torch.device) -> tuple[Callable[[str], Any], list[Tensor]]:
+    def build(device: torch.device) -> Built:
         text = _draw(device, batch, TOKENS, depth, dtype=dtype, learns=False)
         weights = list(_draw(device, total, depth, dtype=dtype, learns=False).split(widths))
         downs = [_draw(device, RANK, depth, dtype=torch.float32) for _ in widths]
         ups = [_draw(device, width, RANK, dtype=torch.float32) for width in widths]
-        scales = torch.ones(slices, device=device)
-        return lambda backend: text_key_values(text, weights, downs, ups, scales, False, backend), downs + ups  # type: ignore[arg-type]
+        scales = torch.full((slices,), SCALE, device=device)
+        given = {"text": text, "weights": weights, "downs": downs, "ups": ups, "scales": scales, "scale": SCALE}
+        run = lambda backend: text_key_values(text, weights, downs, ups, scales, False, backend)  # noqa: E731
+        return Built(run, downs + ups, given)
 
     item, factors = dtype.itemsize, RANK * (total + slices * depth)
     return Case(
@@ -157,10 +193,12 @@ def _text_kv(model: str, shape: dict[str, Any], batch: int, dtype: torch.dtype) 
 
 
 def _short_keys(model: str, width: int, heads: int, tokens: int, batch: int, dtype: torch.dtype) -> Case:
-    def build(device: torch.device) -> tuple[Callable[[str], Any], list[Tensor]]:
+    def build(device: torch.device) -> Built:
         query = _draw(device, batch, tokens, width, dtype=dtype)
         key, value = (_draw(device, batch, TOKENS, width, dtype=dtype) for _ in range(2))
-        return lambda backend: short_key_attention(query, key, value, heads, backend=backend), [query, key, value]  # type: ignore[call-overload, no-any-return]
+        given = {"query": query, "key": key, "value": value, "heads": heads}
+        run = lambda backend: short_key_attention(query, key, value, heads, backend=backend)  # noqa: E731
+        return Built(run, [query, key, value], given)
 
     image, text = dtype.itemsize * batch * tokens * width, dtype.itemsize * batch * TOKENS * width
     product = 2 * batch * tokens * TOKENS * width
@@ -170,13 +208,14 @@ def _short_keys(model: str, width: int, heads: int, tokens: int, batch: int, dty
 
 
 def _bank_lora(model: str, width: int, tokens: int, batch: int, adapters: int, dtype: torch.dtype) -> Case:
-    def build(device: torch.device) -> tuple[Callable[[str], Any], list[Tensor]]:
+    def build(device: torch.device) -> Built:
         x = _draw(device, batch, tokens, width, dtype=dtype)
         weight = _draw(device, width, width, dtype=dtype, learns=False)
         downs = _draw(device, adapters, RANK, width, dtype=torch.float32)
         ups = _draw(device, adapters, width, RANK, dtype=torch.float32)
-        scales = torch.ones(adapters, device=device)
-        return lambda backend: bank_lora(x, weight, downs, ups, scales, None, backend), [x, downs, ups]  # type: ignore[arg-type]
+        scales = torch.full((adapters,), SCALE, device=device)
+        given = {"x": x, "weight": weight, "downs": downs, "ups": ups, "scales": scales, "scale": SCALE}
+        return Built(lambda backend: bank_lora(x, weight, downs, ups, scales, None, backend), [x, downs, ups], given)
 
     rows = batch * tokens
     image, factors = dtype.itemsize * rows * width, 2 * adapters * RANK * width
@@ -189,9 +228,9 @@ def _bank_lora(model: str, width: int, tokens: int, batch: int, adapters: int, d
 
 
 def _frozen_geglu(model: str, width: int, tokens: int, batch: int, dtype: torch.dtype) -> Case:
-    def build(device: torch.device) -> tuple[Callable[[str], Any], list[Tensor]]:
+    def build(device: torch.device) -> Built:
         projected = _draw(device, batch, tokens, 2 * width, dtype=dtype)
-        return lambda backend: frozen_geglu(projected, backend), [projected]  # type: ignore[arg-type]
+        return Built(lambda backend: frozen_geglu(projected, backend), [projected], {"projected": projected})
 
     half = dtype.itemsize * batch * tokens * width
     size = f"{model} {width} wide, {tokens} tokens, batch {batch}"
@@ -200,11 +239,14 @@ def _frozen_geglu(model: str, width: int, tokens: int, batch: int, dtype: torch.
 
 
 def _absorbed(model: str, width: int, heads: int, tokens: int, batch: int, dtype: torch.dtype) -> Case:
-    def build(device: torch.device) -> tuple[Callable[[str], Any], list[Tensor]]:
+    def build(device: torch.device) -> Built:
         x = _draw(device, batch, tokens, width, dtype=dtype, learns=False)
-        text = (_draw(device, batch, heads, TOKENS, width, dtype=dtype, learns=False) for _ in range(2))
-        absorbed = Absorbed(*text)
-        return lambda backend: absorbed_attention(x, absorbed, backend), []  # type: ignore[arg-type]
+        key, value = (_draw(device, batch, TOKENS, width, dtype=dtype, learns=False) for _ in range(2))
+        weights = [_draw(device, width, width, dtype=dtype, learns=False) / width**0.5 for _ in range(2)]
+        absorbed = absorb(key, value, *weights, heads)
+        given = {"x": x, "key": key, "value": value, "heads": heads}
+        given |= dict(zip(("query_weight", "out_weight"), weights, strict=True))
+        return Built(lambda backend: absorbed_attention(x, absorbed, backend), [], given)
 
     image, text = dtype.itemsize * batch * tokens * width, dtype.itemsize * batch * heads * TOKENS * width
     size = f"{model} {width} wide, {heads} heads, {tokens} tokens, batch {batch}"
@@ -212,16 +254,20 @@ def _absorbed(model: str, width: int, heads: int, tokens: int, batch: int, dtype
 
 
 def _bank_adamw(adapters: int, parameters: int) -> Case:
-    def build(device: torch.device) -> tuple[Callable[[str], Any], list[Tensor]]:
+    def build(device: torch.device) -> Built:
         weight, grad = (torch.randn(adapters, parameters, device=device) for _ in range(2))
         first, second = torch.zeros_like(weight), torch.zeros_like(weight)
-        rate = torch.full((adapters,), 1e-4, device=device)
         step = torch.zeros(adapters, dtype=torch.int64, device=device)
         shadow = torch.empty_like(weight, dtype=torch.bfloat16)
-        decay, norm = torch.full_like(rate, 0.01), torch.full_like(rate, 1.0)
-        return lambda backend: bank_adamw(
-            weight, first, second, grad, rate, decay, step, norm, shadow_GP=shadow, backend=backend  # type: ignore[arg-type]
-        ), []
+        options = {"lr": 1e-4, "decay": 0.01, "norm": 1.0}
+        rate, decay, norm = (torch.full_like(weight[:, 0], value) for value in options.values())
+        given = {"weight": weight, "first": first, "second": second, "grad": grad, "step": step, "shadow": shadow}
+
+        def run(backend: Any) -> list[Tensor]:
+            bank_adamw(weight, first, second, grad, rate, decay, step, norm, shadow_GP=shadow, backend=backend)
+            return list(weight)
+
+        return Built(run, [], {**given, **options})
 
     numbers = adapters * parameters
     # The gradient is read twice, first for its norm; weight, moments and shadow are written.
@@ -229,4 +275,4 @@ def _bank_adamw(adapters: int, parameters: int) -> Case:
 
 
 def as_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    return [{**asdict(row), "share_of_limit": row.share, "ratio": row.ratio} for row in rows]
+    return [{**asdict(row), "share_of_limit": row.share, "ratio": row.ratio, "ratios": row.ratios} for row in rows]

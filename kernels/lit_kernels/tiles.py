@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
+
+from lit_kernels.dispatch import padded_rank as padded
+
+__all__ = ["Config", "accumulator", "padded"]
 
 
 @dataclass(frozen=True)
@@ -19,12 +22,11 @@ class Config:
     warps: int
     stages: int
 
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns}x{self.depth}, {self.warps} warps, {self.stages} stages"
+
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
     """fp64 for fp64, fp32 for all others."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
-
-def padded(rank: int) -> int:
-    """A rank as a side of a product on tensor cores: a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(rank))

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from lit_personalize.atomic import replacing, write_text
@@ -32,10 +33,19 @@ def main(arguments: list[str]) -> int:
         "kernels",
         help="bytes, FLOPs, time and share of the limit of every operator at real sizes",
         description="Show what every operator moves and computes at the sizes of SD1.5@512 and SDXL@1024, and the "
-        "limit that this sets (modelled); on an NVIDIA GPU also its time, forward and backward, beside plain torch. "
-        "With --out, kernels.json and a roofline picture kernels.png.",
+        "limit that this sets (modelled); on an NVIDIA GPU also its time, forward and backward, beside plain torch and "
+        "what others compute it with. With --out, kernels.json and a roofline picture kernels.png. With --tune, measure "
+        "instead which path and which tile is fastest on this GPU, and write the table that kernels are chosen by; "
+        "what is there is kept, so the same command goes on.",
     )
-    kernels.add_argument("--batch", type=int, default=1, help="pictures in a batch (default: 1)")
+    kernels.add_argument("--batch", type=int, help="pictures in a batch (default: 1; with --tune 1, 2, 4, 8 and 16)")
+    kernels.add_argument("--tune", action="store_true", help="measure this GPU's table instead; needs the GPU")
+    kernels.add_argument(
+        "--table",
+        type=Path,
+        metavar="DIR",
+        help="where --tune writes GPU-NAME.json (default: LIT_KERNELS_TABLES, else the package's own folder)",
+    )
     kernels.add_argument("--only", action="append", metavar="OPERATOR", help="only this operator")
     kernels.add_argument("--out", type=Path, metavar="DIR", help="write kernels.json and kernels.png there")
     add_json(kernels)
@@ -57,9 +67,22 @@ def main(arguments: list[str]) -> int:
 
 
 def _kernels(options: argparse.Namespace) -> int:
-    from lit_personalize.report.roofline import draw, measured, table
+    from lit_personalize.report.roofline import BATCHES, draw, measured, table, tuned
 
-    report = measured(options.batch, options.only)
+    if options.tune:
+        if options.out is not None:
+            raise UsageError("--tune writes a table and no report: use --table in place of --out")
+        batches = BATCHES if options.batch is None else (options.batch,)
+        file, found = tuned(batches, options.only, options.table)
+        entries = []
+        for entry in found:
+            entries.append(asdict(entry))
+            print(f"{entry.operator} {entry.sizes}: {entry.path} {entry.tiles or ''}", file=sys.stderr, flush=True)
+        emit({"table": str(file), "entries": entries if options.json else len(entries)}, options.json)
+        return 0
+    if options.table is not None:
+        raise UsageError("--table goes with --tune")
+    report = measured(1 if options.batch is None else options.batch, options.only)
     if options.json:
         emit(report, True)
     else:

@@ -1,15 +1,22 @@
-"""`litp profile kernels`: operators at real sizes as a table and as a roofline picture (Williams et al., 2009)."""
+"""`litp profile kernels`: operators at real sizes as a table and as a roofline picture (Williams et al., 2009).
+
+With `--tune`, the GPU's table of paths and tiles instead.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lit_kernels import measuring
+from lit_kernels import dispatch, measuring
 from lit_personalize.errors import UsageError
+
+
+BATCHES = (1, 2, 4, 8, 16)
+"""Of which a table is made."""
 
 
 def measured(batch: int = 1, only: Sequence[str] | None = None) -> dict[str, Any]:
@@ -18,15 +25,10 @@ def measured(batch: int = 1, only: Sequence[str] | None = None) -> dict[str, Any
     Raises:
         UsageError: An unknown operator, or a batch below 1.
     """
-    if batch < 1:
-        raise UsageError(f"--batch must be at least 1, not {batch}")
-    cases = list(measuring.cases(batch))
-    known = list(dict.fromkeys(case.operator for case in cases))
-    if wrong := [name for name in only or () if name not in known]:
-        raise UsageError(f"unknown operator {wrong[0]!r}; there are {', '.join(known)}")
+    cases = _cases(batch, only)
     device = torch.device("cuda") if torch.cuda.is_available() else None
     name = measuring.peaks_of(device)[0]
-    rows = measuring.measure([case for case in cases if not only or case.operator in only], device)
+    rows = measuring.measure(cases, device)
     return {
         "device": None if device is None else torch.cuda.get_device_name(device),
         "limit_of": name,
@@ -37,8 +39,41 @@ def measured(batch: int = 1, only: Sequence[str] | None = None) -> dict[str, Any
     }
 
 
+def _cases(batch: int, only: Sequence[str] | None) -> list[measuring.Case]:
+    if batch < 1:
+        raise UsageError(f"--batch must be at least 1, not {batch}")
+    cases = list(measuring.cases(batch))
+    known = list(dict.fromkeys(case.operator for case in cases))
+    if wrong := [name for name in only or () if name not in known]:
+        raise UsageError(f"unknown operator {wrong[0]!r}; there are {', '.join(known)}")
+    return [case for case in cases if not only or case.operator in only]
+
+
+def tuned(batches: Sequence[int], only: Sequence[str] | None, folder: Path | None) -> tuple[Path, Iterator[Any]]:
+    """The table's file in `folder` (by default where tables are looked for), and its new entries as they are measured.
+
+    Raises:
+        UsageError: There is no GPU, an unknown operator, a batch below 1, or a file in its place that is no table.
+    """
+    cases = [case for batch in batches for case in _cases(batch, only)]
+    if not torch.cuda.is_available():
+        raise UsageError("--tune measures kernels and needs an NVIDIA GPU, which is not here; without a table the "
+                         "kernels run with their default tiles")  # fmt: skip
+    from lit_kernels.tuning import tune
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    gpu = dispatch.gpu_of(device)
+    try:
+        file = dispatch.file_of(gpu, folder or dispatch.own_folder())
+        if file.exists():
+            dispatch.read(file)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return file, tune(cases, file, gpu, device)
+
+
 def table(report: dict[str, Any]) -> str:
-    """For a terminal."""
+    """For a terminal; below an operator that was timed, the times of its baselines / its own."""
     lines = [f"{'operator':20} {'size':52} {'pass':8} {'MB':>8} {'GFLOP':>8} {'limit us':>9}  by"]
     if report["device"]:
         lines[0] += f"{'':8} {'time us':>9} {'of limit':>8} {'torch us':>9} {'ratio':>6}"
@@ -50,6 +85,9 @@ def table(report: dict[str, Any]) -> str:
         if row["time_us"] is not None:
             line += f"{row['time_us']:9.1f} {row['share_of_limit']:8.0%} {row['torch_us']:9.1f} {row['ratio']:6.2f}"
         lines.append(line.rstrip())
+        if row["ratios"]:
+            lines.append("    against " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items()))
+        lines += [f"    {name}: {why}" for name, why in row["baselines"].items() if isinstance(why, str)]
     where = f"limits are modelled from {report['limit_of']}'s peaks"
     lines += ["", f"{report['device'] or 'no GPU here: nothing was timed'}; {where}"]
     return "\n".join(lines)

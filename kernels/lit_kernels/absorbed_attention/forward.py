@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lit_kernels import dispatch
+from lit_kernels.absorbed_attention.function import key_of
 from lit_kernels.compiling import Shipped
 from lit_kernels.tiles import Config, accumulator
 
@@ -62,36 +64,37 @@ def absorbed_probabilities(
     tl.store(found_at + b[None, :], (b_scores / total[:, None]).to(cd), mask=b_in)
 
 
-def config_for(rows: int, keys: int, dtype: torch.dtype) -> tuple[Config, int]:
-    """The tile for the tokens of a prompt, 128 bytes deep, and the tail."""
+def tiles_for(rows: int, keys: int, dtype: torch.dtype) -> list[Config]:
+    """All tiles for the tokens of a prompt, the default first; 128 bytes deep, with columns for all keys."""
     depth = max(16, 128 // dtype.itemsize)
-    tail = 16 if keys <= FIRST + 16 else 64
-    if rows <= 512 or tail == 64:
-        return Config(64, FIRST + tail, depth, 4, 3), tail
-    return Config(128, FIRST + tail, depth, 8, 3), tail
+    if keys > FIRST + 16:
+        return [Config(64, FIRST + 64, depth, 4, 3)]
+    found = [Config(64, FIRST + 16, depth, 4, 3), Config(128, FIRST + 16, depth, 8, 3)]
+    found = found if rows <= 512 else found[::-1]
+    return [*found, Config(32, FIRST + 16, depth, 4, 3)] if dtype.itemsize == 2 else found[:1]
 
 
 def launch(x_PTC: Tensor, keys_PNSC: Tensor) -> Tensor:
     """Probabilities `[P, T, N·S]` in x's dtype; G is contiguous, rows of x may stand apart."""
     (prompts, rows, depth), (_, heads, keys, _) = x_PTC.shape, keys_PNSC.shape
-    config, tail = config_for(rows, keys, x_PTC.dtype)
+    offered = tiles_for(rows, keys, x_PTC.dtype)
+    config = dispatch.tile(key_of(x_PTC, keys_PNSC), "forward", x_PTC.device, offered)
     found = x_PTC.new_empty((prompts, rows, heads * keys))
     absorbed_probabilities[(triton.cdiv(rows, config.rows) * heads, prompts)](
         x_PTC, keys_PNSC, found, rows, depth, keys, heads, x_PTC.stride(1), x_PTC.stride(0),
-        FIRST=FIRST, TAIL=tail, BM=config.rows, BK=config.depth, ACC=accumulator(x_PTC.dtype),
+        FIRST=FIRST, TAIL=config.columns - FIRST, BM=config.rows, BK=config.depth, ACC=accumulator(x_PTC.dtype),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return found
 
 
 def shipped() -> list[Shipped]:
-    """Few and many rows with 77 keys, and 128 keys, in bf16."""
+    """Each tile with 77 keys and with 128, in bf16."""
     pointers = dict.fromkeys(("x", "keys", "found"), "*bf16")
     sizes = dict.fromkeys(("rows", "depth", "key_count", "heads", "x_stride", "x_prompt"), "i32")
     made = []
-    for rows, keys in ((256, 77), (4096, 77), (4096, 128)):
-        config, tail = config_for(rows, keys, torch.bfloat16)
-        constants = {"FIRST": FIRST, "TAIL": tail, "BM": config.rows, "BK": config.depth, "ACC": tl.float32}
+    for config in (config for keys in (77, 128) for config in tiles_for(1, keys, torch.bfloat16)):
+        constants = {"FIRST": FIRST, "TAIL": config.columns - FIRST, "BM": config.rows, "BK": config.depth, "ACC": tl.float32}
         signature = {**pointers, **sizes, **dict.fromkeys(constants, "constexpr")}
         label = f"{config.rows}x{config.columns}x{config.depth}"
         divisible = (*pointers, "depth", "x_stride", "x_prompt")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lit_kernels import backend as backends
 from lit_kernels.absorbed_attention import fallback, reference
+from lit_kernels.dispatch import Key
 
 NAME = "absorbed_attention"
 MAX_KEYS = 128
@@ -91,12 +92,19 @@ def absorbed_attention(x_BTC: Tensor, absorbed: Absorbed, backend: backends.Back
         unsupported = _unsupported(x, keys)
         if backend == "auto" and x.dtype not in (torch.float16, torch.bfloat16):
             unsupported = unsupported or f"torch multiplies {x.dtype} as fast"
-        if backends.choose(NAME, backend, x.device, unsupported) == "fallback":
+        if backends.choose(NAME, backend, x.device, unsupported, key_of(x, keys)) == "fallback":
             y = fallback.absorbed_attention(x, keys, values)
         else:
             x = x if x.stride(2) == 1 else x.contiguous()
             y = torch.ops.lit_kernels.absorbed_probabilities(x, keys) @ values.flatten(1, 2)
     return y.view(samples, tokens, values.shape[-1])
+
+
+def key_of(x_PTC: Tensor, keys_PNSC: Tensor) -> Key:
+    """What tables know a case by: keys as kernels round them up, the rows of a prompt, the heads of all prompts."""
+    prompts, heads, keys, width = keys_PNSC.shape
+    sizes = {"keys": 80 if keys <= 80 else MAX_KEYS, "rows": x_PTC.shape[1], "heads": prompts * heads, "width": width}
+    return Key(NAME, x_PTC.dtype, sizes)
 
 
 @torch.library.custom_op("lit_kernels::absorbed_probabilities", mutates_args=())

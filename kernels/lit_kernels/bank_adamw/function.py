@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lit_kernels import backend as backends
 from lit_kernels.bank_adamw import fallback, reference
+from lit_kernels.dispatch import Key
 
 NAME = "bank_adamw"
 
@@ -67,7 +68,9 @@ def bank_adamw(
         unsupported = "weights, moments or shadow are not contiguous"
     if not master_GP.numel():
         unsupported = "there are no parameters"
-    if backends.choose(NAME, backend, master_GP.device, unsupported) == "fallback":
+    adapters, parameters = master_GP.shape
+    key = Key(NAME, master_GP.dtype, {"adapters": adapters, "parameters": parameters})
+    if backends.choose(NAME, backend, master_GP.device, unsupported, key) == "fallback":
         return fallback.bank_adamw(*arguments)
     return torch.ops.lit_kernels.bank_adamw(*changed, grad_GP.detach(), *rows.values(), shadow, *betas, eps)
 

@@ -6,8 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lit_kernels import dispatch
 from lit_kernels.compiling import Shipped
-from lit_kernels.frozen_geglu.forward import COLUMNS, ROWS, WARPS, normal_cdf, shipped_form
+from lit_kernels.frozen_geglu.forward import TILES, normal_cdf, shipped_form
+from lit_kernels.frozen_geglu.function import key_of
 from lit_kernels.tiles import accumulator
 
 
@@ -36,14 +38,15 @@ def launch(projected_MF: Tensor, grad_MF: Tensor) -> Tensor:
     """[dh | dg] `[M, 2F]` of a contiguous dy `[M, F]`."""
     rows, width = grad_MF.shape
     found = grad_MF.new_empty((rows, 2 * width))
-    column_tiles = triton.cdiv(width, COLUMNS)
-    frozen_geglu_backward[(triton.cdiv(rows, ROWS) * column_tiles,)](
+    config = dispatch.tile(key_of(projected_MF), "backward", found.device, TILES)
+    column_tiles = triton.cdiv(width, config.columns)
+    frozen_geglu_backward[(triton.cdiv(rows, config.rows) * column_tiles,)](
         projected_MF, grad_MF, found, rows, width, projected_MF.stride(0), column_tiles,
-        BM=ROWS, BN=COLUMNS, ACC=accumulator(found.dtype), num_warps=WARPS,
+        BM=config.rows, BN=config.columns, ACC=accumulator(found.dtype), num_warps=config.warps,
     )  # fmt: skip
     return found
 
 
 def shipped() -> list[Shipped]:
-    """One form, in bf16."""
-    return [shipped_form(frozen_geglu_backward, ("projected", "grad", "found"))]
+    """Each tile, in bf16."""
+    return [shipped_form(frozen_geglu_backward, ("projected", "grad", "found"), config) for config in TILES]

@@ -6,11 +6,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lit_kernels import dispatch
 from lit_kernels.compiling import Shipped
-from lit_kernels.tiles import accumulator
+from lit_kernels.frozen_geglu.function import key_of
+from lit_kernels.tiles import Config, accumulator
 
-ROWS, COLUMNS, WARPS = 4, 256, 4
-"""A tile; a warp has one row of it and a thread 8 neighbours, 16 bytes in bf16. 256 divides every F of SD and SDXL."""
+TILES = (Config(4, 256, 0, 4, 3), Config(8, 256, 0, 4, 3))
+"""Tiles, the default first; there a warp has one row and a thread 8 neighbours, 16 bytes in bf16. 256 divides every F of
+SD and SDXL."""
 
 
 @triton.jit
@@ -40,23 +43,25 @@ def launch(projected_MF: Tensor) -> Tensor:
     """y `[M, F]` of `[M, 2F]`, whose rows may stand apart."""
     rows, width = len(projected_MF), projected_MF.shape[1] // 2
     y = projected_MF.new_empty((rows, width))
-    column_tiles = triton.cdiv(width, COLUMNS)
-    frozen_geglu_forward[(triton.cdiv(rows, ROWS) * column_tiles,)](
+    config = dispatch.tile(key_of(projected_MF), "forward", y.device, TILES)
+    column_tiles = triton.cdiv(width, config.columns)
+    frozen_geglu_forward[(triton.cdiv(rows, config.rows) * column_tiles,)](
         projected_MF, y, rows, width, projected_MF.stride(0), column_tiles,
-        BM=ROWS, BN=COLUMNS, ACC=accumulator(y.dtype), num_warps=WARPS,
+        BM=config.rows, BN=config.columns, ACC=accumulator(y.dtype), num_warps=config.warps,
     )  # fmt: skip
     return y
 
 
 def shipped() -> list[Shipped]:
-    """One form, in bf16."""
-    return [shipped_form(frozen_geglu_forward, ("projected", "y"))]
+    """Each tile, in bf16."""
+    return [shipped_form(frozen_geglu_forward, ("projected", "y"), config) for config in TILES]
 
 
-def shipped_form(kernel: triton.JITFunction, tensors: tuple[str, ...]) -> Shipped:
+def shipped_form(kernel: triton.JITFunction, tensors: tuple[str, ...], config: Config) -> Shipped:
     """Of a kernel that takes these tensors, then sizes as above."""
-    constants = {"BM": ROWS, "BN": COLUMNS, "ACC": tl.float32}
+    constants = {"BM": config.rows, "BN": config.columns, "ACC": tl.float32}
     sizes = dict.fromkeys(("m_rows", "width", "stride", "column_tiles"), "i32")
     signature = {**dict.fromkeys(tensors, "*bf16"), **sizes, **dict.fromkeys(constants, "constexpr")}
     divisible = (*tensors, "width", "stride")
-    return Shipped(kernel, f"{ROWS}x{COLUMNS}", signature, constants, WARPS, 3, divisible, dots=False)
+    label = f"{config.rows}x{config.columns}"
+    return Shipped(kernel, label, signature, constants, config.warps, config.stages, divisible, dots=False)

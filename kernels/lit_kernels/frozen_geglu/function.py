@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_kernels import backend as backends
+from lit_kernels.dispatch import Key
 from lit_kernels.frozen_geglu import reference
 
 NAME = "frozen_geglu"
@@ -33,11 +34,16 @@ def frozen_geglu(projected: Tensor, backend: backends.Backend = "auto") -> Tenso
     if not projected.is_floating_point():
         raise ValueError(f"{NAME}: {projected.dtype} has no gradient; use fp64, fp32, fp16 or bf16")
     unsupported = "" if projected.numel() else "there are no elements"
-    if backends.choose(NAME, backend, projected.device, unsupported) != "triton":
-        return reference.frozen_geglu(projected)
     rows = projected.reshape(-1, projected.shape[-1])
+    if backends.choose(NAME, backend, projected.device, unsupported, key_of(rows)) != "triton":
+        return reference.frozen_geglu(projected)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     return torch.ops.lit_kernels.frozen_geglu(rows).view(*projected.shape[:-1], -1)
+
+
+def key_of(projected_MF: Tensor) -> Key:
+    """What tables know a case by."""
+    return Key(NAME, projected_MF.dtype, {"rows": len(projected_MF), "width": projected_MF.shape[1] // 2})
 
 
 @torch.library.custom_op("lit_kernels::frozen_geglu", mutates_args=())

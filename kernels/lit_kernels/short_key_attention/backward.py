@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lit_kernels import dispatch
 from lit_kernels.compiling import Shipped
 from lit_kernels.short_key_attention.forward import (
     BLOCKS,
@@ -27,11 +28,14 @@ from lit_kernels.short_key_attention.forward import (
     sizes_of,
     strides_of,
 )
-from lit_kernels.short_key_attention.function import MAX_KEYS, accumulator
+from lit_kernels.short_key_attention.function import MAX_KEYS, accumulator, key_of
 from lit_kernels.tiles import accumulator as sums_in
 
-PROGRAMS = 132
-"""Programs that are wanted at least: one for each multiprocessor of an H100; the same everywhere, and so are sums."""
+PROGRAMS = (132, 264, 528)
+"""Programs that are wanted at least: one for each multiprocessor of an H100, unless a table says more for this GPU.
+
+This is what a tile's place is taken by here: more ranges even out the last wave of programs, and leave more sums to add.
+The number is the same for a GPU of one name, and so are sums."""
 TILE = 32
 LAUNCHES = {
     BLOCKS[48]: (("qkv", Config(TILE)),),
@@ -125,10 +129,10 @@ def short_key_backward(
             tl.store(dv_at + rest, dv_rest, mask=in_keys & in_rest)
 
 
-def range_of(queries: int, heads: int) -> int:
+def range_of(queries: int, heads: int, programs: int) -> int:
     """How many queries one program walks over, a multiple of `TILE`; `heads` counts those of all samples."""
     tiles = triton.cdiv(queries, TILE)
-    return TILE * triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, heads)))
+    return TILE * triton.cdiv(tiles, min(tiles, triton.cdiv(programs, heads)))
 
 
 def launch(
@@ -139,7 +143,8 @@ def launch(
     d_query = query.new_empty((batch, queries, columns))
     blocks = blocks_of(columns // heads)
     added, masked = mask_or_nothing(mask, query)
-    length = range_of(queries, batch * heads)
+    programs = dispatch.tile(key_of(query, heads), "backward", query.device, PROGRAMS)
+    length = range_of(queries, batch * heads, programs)
     ranges = triton.cdiv(queries, length)
     partial = query.new_empty((ranges, 2, batch, key.shape[1], columns), dtype=accumulator(query.dtype))
     for parts, config in LAUNCHES[blocks]:

@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lit_kernels import dispatch
 from lit_kernels.compiling import Shipped
-from lit_kernels.short_key_attention.function import MAX_KEYS, accumulator
+from lit_kernels.short_key_attention.function import MAX_KEYS, accumulator, key_of
 from lit_kernels.tiles import accumulator as sums_in
 
 BLOCKS = {48: (32, 16), 64: (64, 0), 80: (64, 16), 160: (128, 32)}
@@ -34,8 +35,15 @@ class Config:
     warps: int = 8
     stages: int = 1
 
+    def __str__(self) -> str:
+        return f"{self.rows} queries, {self.warps} warps"
+
 
 FORWARD = Config(64)
+MORE: dict[tuple[int, int], tuple[Config, ...]] = {
+    BLOCKS[48]: (Config(128),), BLOCKS[64]: (Config(128),), BLOCKS[160]: (Config(16, 4),)
+}  # fmt: skip
+"""Other tiles by a head's two blocks: larger ones for many queries, smaller ones for the few of the deepest layers."""
 MAP = Config(64, stages=2)
 MAP_COLUMNS = 16
 
@@ -125,6 +133,11 @@ def blocks_of(width: int) -> tuple[int, int]:
     return next(blocks for widest, blocks in BLOCKS.items() if width <= widest)
 
 
+def tiles_for(blocks: tuple[int, int]) -> tuple[Config, ...]:
+    """All tiles of the forward pass, the default first."""
+    return (FORWARD, *MORE.get(blocks, ()))
+
+
 def sizes_of(query: Tensor, key: Tensor, heads: int) -> tuple[int, int, int, int]:
     """Queries, keys, heads and eighths of a head's width."""
     return query.shape[1], key.shape[1], heads, query.shape[2] // heads // 8
@@ -147,11 +160,12 @@ def launch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, heads
     batch, queries, columns = query.shape
     out = query.new_empty((batch, queries, columns))
     wide, rest = blocks_of(columns // heads)
+    config = dispatch.tile(key_of(query, heads), "forward", query.device, tiles_for((wide, rest)))
     added, masked = mask_or_nothing(mask, query)
-    short_key_forward[(triton.cdiv(queries, FORWARD.rows), batch * heads)](
+    short_key_forward[(triton.cdiv(queries, config.rows), batch * heads)](
         query, key, value, added, out, *sizes_of(query, key, heads), *strides_of(query, key, value), masked,
-        KEYS=MAX_KEYS, WIDE=wide, REST=rest, BM=FORWARD.rows, ACC=sums_in(query.dtype),
-        num_warps=FORWARD.warps, num_stages=FORWARD.stages,
+        KEYS=MAX_KEYS, WIDE=wide, REST=rest, BM=config.rows, ACC=sums_in(query.dtype),
+        num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out
 
@@ -187,6 +201,7 @@ def shipped() -> list[Shipped]:
     found = [form(short_key_map, label, pointers, f"{sizes} masked", {"BK": MAP_COLUMNS}, MAP)]
     pointers = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "mask": "*fp32", "out": "*bf16"}
     for width, (wide, rest) in BLOCKS.items():
-        label, constants = f"{FORWARD.rows} queries, width {width}", {"WIDE": wide, "REST": rest}
-        found.append(form(short_key_forward, label, pointers, f"{sizes} v_batch v_row masked", constants, FORWARD))
+        for config in tiles_for((wide, rest)):
+            label, constants = f"{config.rows} queries, width {width}", {"WIDE": wide, "REST": rest}
+            found.append(form(short_key_forward, label, pointers, f"{sizes} v_batch v_row masked", constants, config))
     return found

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_kernels import backend as backends
+from lit_kernels.dispatch import Key
 from lit_kernels.short_key_attention import fallback, reference
 
 NAME = "short_key_attention"
@@ -74,7 +75,8 @@ def short_key_attention(
     _check(query_BTC, key_BSC, value_BSC, heads, mask_BS)
     device, dtype = query_BTC.device, query_BTC.dtype
     width = query_BTC.shape[2] // heads
-    path = backends.choose(NAME, backend, device, unsupported(key_BSC.shape[1], width, dtype, device))
+    case = key_of(query_BTC, heads)
+    path = backends.choose(NAME, backend, device, unsupported(key_BSC.shape[1], width, dtype, device), case)
     if path == "reference":
         out, mean = reference.short_key_attention(query_BTC, key_BSC, value_BSC, heads, mask_BS)
         return (out, mean.detach().to(accumulator(dtype))) if want_map else out
@@ -89,6 +91,13 @@ def short_key_attention(
     if not want_map:
         return out
     return out, torch.ops.lit_kernels.short_key_map(query.detach(), key.detach(), mask, heads)
+
+
+def key_of(query_BTC: Tensor, heads: int) -> Key:
+    """What tables know a case by; kernels round the number of keys up, and `heads` are those of all samples."""
+    batch, tokens, columns = query_BTC.shape
+    sizes = {"head_width": columns // heads, "heads": batch * heads, "tokens": tokens}
+    return Key("short_key_attention", query_BTC.dtype, sizes)
 
 
 def unsupported(keys: int, width: int, dtype: torch.dtype, device: torch.device) -> str:

@@ -16,12 +16,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lit_kernels import dispatch
 from lit_kernels.compiling import Shipped
 from lit_kernels.text_kv.forward import tiles_of
+from lit_kernels.text_kv.function import key_of
 from lit_kernels.tiles import Config, accumulator, padded
 
 CONFIG = Config(32, 64, 64, 4, 2)
 """Rows and columns of a tile of dY; `depth` is not used."""
+MORE = (Config(64, 64, 64, 4, 2), Config(64, 128, 64, 4, 2))
+"""For ranks up to 16, where every token learns: fewer steps of the sum over rows of a large batch."""
+
+
+def tiles_for(rank: int, period: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Config, ...]:
+    """All tiles that may be taken, the default first."""
+    return (CONFIG, *MORE) if rank <= 16 and not period and dtype.itemsize == 2 else (CONFIG,)
 
 
 @triton.jit
@@ -96,15 +105,17 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     """dB `[N, R]` in B's dtype and dS `[M, G, R]` in the gradient's; rows m with m % period = 0 take no part."""
     m, slices, rank = s_MGR.shape
-    tiles, bounds = tiles_of(tuple(widths), CONFIG.columns, grad_MN.device), bounds_of(tuple(widths), grad_MN.device)
-    row_tiles = triton.cdiv(m, CONFIG.rows)
+    key = key_of(grad_MN.dtype, rank, m, grad_MN.shape[1])
+    config = dispatch.tile(key, "backward", grad_MN.device, tiles_for(rank, period, grad_MN.dtype))
+    tiles, bounds = tiles_of(tuple(widths), config.columns, grad_MN.device), bounds_of(tuple(widths), grad_MN.device)
+    row_tiles = triton.cdiv(m, config.rows)
     dup, ds = torch.empty_like(up_NR), torch.empty_like(s_MGR)
     text_kv_backward[(len(tiles) + slices * row_tiles,)](
         grad_MN, s_MGR, up_NR, scale_G, tiles, bounds, dup, ds,
         m, grad_MN.stride(0), slices, len(tiles), row_tiles,
         RANK=rank, RANK_PAD=padded(rank), PERIOD=period,
-        BM=CONFIG.rows, BN=CONFIG.columns, ACC=accumulator(grad_MN.dtype),
-        num_warps=CONFIG.warps, num_stages=CONFIG.stages,
+        BM=config.rows, BN=config.columns, ACC=accumulator(grad_MN.dtype),
+        num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return dup, ds
 
@@ -114,16 +125,14 @@ def shipped() -> list[Shipped]:
     pointers = {"dy": "*bf16", "s": "*bf16", "up": "*fp32", "scale": "*fp32", "tiles": "*i32", "bounds": "*i32"}
     sizes = dict.fromkeys(("m_rows", "dy_stride", "slices", "column_tiles", "row_tiles"), "i32")
     found = []
-    for rank in (8, 64):
-        for period in (0, 77):
-            constants = {
-                "RANK": rank, "RANK_PAD": max(16, rank), "PERIOD": period, "BM": CONFIG.rows, "BN": CONFIG.columns,
-                "ACC": tl.float32,
-            }  # fmt: skip
-            signature = {**pointers, "dup": "*fp32", "ds": "*bf16", **sizes, **dict.fromkeys(constants, "constexpr")}
-            label = f"{CONFIG.rows}x{CONFIG.columns} rank {rank}" + (" without first token" if period else "")
-            divisible = (*pointers, "dup", "ds", "dy_stride")
-            found.append(
-                Shipped(text_kv_backward, label, signature, constants, CONFIG.warps, CONFIG.stages, divisible)
-            )
+    forms = [(rank, period, config) for rank in (8, 64) for period in (0, 77) for config in tiles_for(rank, period)]
+    for rank, period, config in forms:
+        constants = {
+            "RANK": rank, "RANK_PAD": max(16, rank), "PERIOD": period, "BM": config.rows, "BN": config.columns,
+            "ACC": tl.float32,
+        }  # fmt: skip
+        signature = {**pointers, "dup": "*fp32", "ds": "*bf16", **sizes, **dict.fromkeys(constants, "constexpr")}
+        label = f"{config.rows}x{config.columns} rank {rank}" + (" without first token" if period else "")
+        divisible = (*pointers, "dup", "ds", "dy_stride")
+        found.append(Shipped(text_kv_backward, label, signature, constants, config.warps, config.stages, divisible))
     return found

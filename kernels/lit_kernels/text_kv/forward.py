@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lit_kernels import dispatch
 from lit_kernels.compiling import Shipped
+from lit_kernels.text_kv.function import key_of
 from lit_kernels.tiles import Config, accumulator, padded
 
 
@@ -74,6 +76,22 @@ def config_for(rows: int, rank: int, dtype: torch.dtype = torch.bfloat16) -> Con
     return Config(128, 128 if rank <= 16 else 64, depth, 8, 3)  # 128x128 spills at rank 64
 
 
+MORE = (Config(128, 64, 64, 8, 3), Config(64, 128, 64, 4, 3))
+"""For ranks up to 16: the 77 rows of one sample in one tile, so that W is read once, and wider tiles of columns."""
+
+
+def tiles_for(rows: int, rank: int, dtype: torch.dtype = torch.bfloat16) -> list[Config]:
+    """All tiles that M rows may take, the default first."""
+    found = [config_for(rows, rank, dtype)]
+    if dtype.itemsize == 2:
+        found += [config_for(size, rank, dtype) for size in DEFAULTS_FOR] + list(MORE if rank <= 16 else ())
+    return list(dict.fromkeys(found))
+
+
+DEFAULTS_FOR = (1, 77, 1024)
+"""Rows for which the defaults differ."""
+
+
 @functools.lru_cache(maxsize=64)
 def tiles_of(widths: tuple[int, ...], columns: int, device: torch.device) -> Tensor:
     """int32 `[T, 4]` for every tile of columns: its slice, first column, end of the slice, whether it is its first."""
@@ -89,7 +107,8 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     """y `[M, N]` and s·x·Aᵀ `[M, G, R]`, both in the text's dtype."""
     (m, depth), (slices, rank, _) = text_MD.shape, down_GRD.shape
-    config = config_for(m, rank, text_MD.dtype)
+    key = key_of(text_MD.dtype, rank, m, len(weight_ND))
+    config = dispatch.tile(key, "forward", text_MD.device, tiles_for(m, rank, text_MD.dtype))
     tiles = tiles_of(tuple(widths), config.columns, text_MD.device)
     y = text_MD.new_empty((m, len(weight_ND)))
     s = text_MD.new_empty((m, slices, rank))
@@ -104,13 +123,12 @@ def launch(
 
 
 def shipped() -> list[Shipped]:
-    """Each tile with ranks up to 16 and up to 64, in bf16 with factors in fp32."""
+    """Each tile with ranks up to 16, and the defaults with ranks up to 64, in bf16 with factors in fp32."""
     pointers = {"x": "*bf16", "w": "*bf16", "down": "*fp32", "up": "*fp32", "scale": "*fp32", "tiles": "*i32"}
     sizes = dict.fromkeys(("m_rows", "depth", "x_stride", "y_stride", "slices"), "i32")
     found = []
-    for rows in (1, 77, 1024):
-        for rank in (8, 64):
-            config = config_for(rows, rank)
+    for rank in (8, 64):
+        for config in tiles_for(1, rank):
             constants = {
                 "RANK": rank, "RANK_PAD": max(16, rank), "BM": config.rows, "BN": config.columns, "BK": config.depth,
                 "ACC": tl.float32,

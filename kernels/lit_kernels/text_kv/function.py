@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_kernels import backend as backends
+from lit_kernels.dispatch import Key, padded_rank
 from lit_kernels.packing import packed
 from lit_kernels.text_kv import fallback, reference
 
@@ -54,11 +55,12 @@ def text_key_values(
     unsupported = f"rank {rank} is above {MAX_RANK}" if rank > MAX_RANK else "" if rank else "no factors"
     if backend == "auto" and text_BSD.dtype not in (torch.float16, torch.bfloat16):
         unsupported = unsupported or f"torch multiplies {text_BSD.dtype} as fast"
-    path = backends.choose(NAME, backend if rank else "fallback", text_BSD.device, unsupported)
-    if path == "fallback" or scales is None:
-        return fallback.text_key_values(text_BSD, weights, downs, ups, scales, detach_first_token)
     batch, tokens, depth = text_BSD.shape
     widths = [len(weight) for weight in weights]
+    key = key_of(text_BSD.dtype, rank, batch * tokens, sum(widths)) if rank else None
+    path = backends.choose(NAME, backend if rank else "fallback", text_BSD.device, unsupported, key)
+    if path == "fallback" or scales is None:
+        return fallback.text_key_values(text_BSD, weights, downs, ups, scales, detach_first_token)
     down = packed(downs).view(len(downs), rank, depth)
     text = text_BSD.reshape(batch * tokens, depth)
     text = text if text.stride(1) == 1 else text.contiguous()
@@ -66,6 +68,11 @@ def text_key_values(
         text, packed(weights), down, packed(ups), scales, widths, tokens if detach_first_token else 0
     )
     return [part.unflatten(0, (batch, tokens)) for part in y.split(widths, dim=1)]
+
+
+def key_of(dtype: torch.dtype, rank: int, rows: int, columns: int) -> Key:
+    """What tables know a case by; the text's width comes with the number of all columns."""
+    return Key("text_kv", dtype, {"rank": padded_rank(rank), "rows": rows, "columns": columns})
 
 
 @torch.library.custom_op("lit_kernels::text_key_values", mutates_args=())

@@ -25,18 +25,18 @@ def test_every_operator_is_measured() -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.operator} {case.size}")
 def test_flops_are_those_that_torch_counts(case: measuring.Case) -> None:
     """On the meta device, of plain torch; attention there is two products forward and four backward, ours is five."""
-    run, learning = case.build(torch.device("meta"))
+    built = case.build(torch.device("meta"))
     with FlopCounterMode(display=False) as forward:
-        out = run("fallback")
+        out = built.run("fallback")
     if case.operator in ("bank_adamw", "frozen_geglu"):
         assert forward.get_total_flops() == 0, "there is no product in it"
         return
     assert forward.get_total_flops() == case.flops
-    if not learning:
+    if not built.learning:
         return
     outs = [out] if isinstance(out, Tensor) else list(out)
     with FlopCounterMode(display=False) as backward:
-        torch.autograd.grad(outs, learning, [torch.ones_like(y) for y in outs])
+        torch.autograd.grad(outs, built.learning, [torch.ones_like(y) for y in outs])
     share = 4 / 5 if case.operator == "short_key_attention" else 1
     assert backward.get_total_flops() == share * case.backward_flops
 

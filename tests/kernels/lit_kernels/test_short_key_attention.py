@@ -117,9 +117,9 @@ def test_a_program_may_walk_over_several_tiles(width: int, monkeypatch: pytest.M
     """Three ranges of three tiles, the last one not full."""
     from lit_kernels.short_key_attention import backward
 
-    monkeypatch.setattr(backward, "PROGRAMS", 3)
+    monkeypatch.setattr(backward, "PROGRAMS", (3,))
     case = Case(1, 7 * backward.TILE + 5, 9, 1, width)
-    assert backward.range_of(case.queries, case.batch * case.heads) == 3 * backward.TILE
+    assert backward.range_of(case.queries, case.batch * case.heads, 3) == 3 * backward.TILE
     given = inputs(case, torch.float64, torch.device("cpu"))
     torch.testing.assert_close(run(case, given, "triton"), run(case, given, "reference"), rtol=1e-11, atol=1e-11)
 

@@ -1,0 +1,296 @@
+"""Which path and which tile a case takes: looked up in what was measured on GPUs of this name, and never measured here.
+
+A table is a JSON file named after its GPU, `NVIDIA-H200.json` for an "NVIDIA H200". It is looked for in the folder that
+`LIT_KERNELS_TABLES` names, then among those that the package brings along. `litp profile kernels --tune` writes it.
+
+A case is an operator, a dtype and sizes in the operator's own words. Sizes that choose what is compiled (`SAME`) must be
+those of the entry; any other goes to the nearest one of the table, by ratio, and the nearest entry to them all is taken.
+Without a table or such an entry a case takes the kernels with their default tiles: an unknown GPU is no error.
+
+Lookups are cached. `torch.compile` traces them: it asks on which side of a few limits a size lies, and only where the
+table prefers different paths for different sizes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+FOLDER = Path(__file__).parent / "tables"
+VARIABLE = "LIT_KERNELS_TABLES"
+FORMAT = 1
+PATHS = ("triton", "fallback")
+SAME = frozenset({"rank", "head_width", "keys"})
+T = TypeVar("T")
+
+
+class Key(NamedTuple):
+    """What a case is looked up by."""
+
+    operator: str
+    dtype: torch.dtype
+    sizes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One case as it was measured; times in microseconds, forward and backward together where there are gradients."""
+
+    operator: str
+    dtype: str
+    sizes: dict[str, int]
+    path: str
+    """The faster one, "triton" or "fallback"."""
+    triton_us: float | None
+    """None where no tile fits this GPU."""
+    fallback_us: float
+    tiles: dict[str, str] = field(default_factory=dict)
+    """The fastest tile of each part ("forward", "backward") that has several."""
+    tried_us: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By part, the time of each of its tiles."""
+    measured: str = ""
+    """Date and versions."""
+
+    @property
+    def key(self) -> Key:
+        return Key(self.operator, getattr(torch, self.dtype), self.sizes)
+
+
+def padded_rank(rank: int) -> int:
+    """A rank as kernels are compiled for it: a power of two, at least 16."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def path(key: Key, device: torch.device) -> str:
+    """ "triton", or "fallback" where that was faster.
+
+    Raises:
+        ValueError: The GPU's table cannot be read.
+    """
+    same = tuple((name, size) for name, size in key.sizes.items() if name in SAME)
+    names = tuple(name for name in key.sizes if name not in SAME)
+    settled, axes = _settled(key.operator, key.dtype, device, same, names)
+    if settled:
+        return settled
+    places: tuple[int, ...] = ()
+    for name, limits in axes:
+        place = 0
+        for limit in limits:
+            if key.sizes[name] > limit:
+                place += 1
+        places += (place,)
+    return _path_at(key.operator, key.dtype, device, same, names, places)
+
+
+def tile(key: Key, part: str, device: torch.device, offered: Sequence[T]) -> T:
+    """The one of the tiles that was fastest; the first where nothing is known, or what is known is offered no more.
+
+    Args:
+        part: "forward" or "backward".
+        offered: Told apart by `str`.
+
+    Raises:
+        ValueError: The GPU's table cannot be read.
+    """
+    if _trial is not None:
+        _trial.offered[key.operator, part] = [str(one) for one in offered]
+        wanted = _trial.tiles.get((key.operator, part), "")
+    else:
+        wanted = _tile(key.operator, key.dtype, tuple(key.sizes.items()), part, device)
+    return next((one for one in offered if str(one) == wanted), offered[0]) if wanted else offered[0]
+
+
+@dataclass
+class Trial:
+    """What runs inside `trying`: the tiles that it shall take, and what it asked for."""
+
+    tiles: Mapping[tuple[str, str], str]
+    """By operator and part, in place of the table's."""
+    asked: list[Key] = field(default_factory=list)
+    offered: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+
+
+_trial: Trial | None = None
+
+
+@contextlib.contextmanager
+def trying(tiles: Mapping[tuple[str, str], str] | None = None) -> Iterator[Trial]:
+    """Run operators with these tiles, by operator and part, and note what they ask for; the table is not read."""
+    global _trial
+    before, _trial = _trial, Trial(tiles or {})
+    try:
+        yield _trial
+    finally:
+        _trial = before
+
+
+def noted(key: Key) -> None:
+    """Tell a trial which case runs."""
+    if _trial is not None:
+        _trial.asked.append(key)
+
+
+def forget() -> None:
+    """Read tables anew at the next lookup."""
+    for cached in (gpu_of, _entries, _alike, _settled_of, _path_of, _tile):
+        cached.cache_clear()
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> str:
+    """The GPU's name; empty for other devices."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
+def file_of(gpu: str, folder: Path) -> Path:
+    """Where a folder has a GPU's table."""
+    return folder / f"{re.sub(r'[^A-Za-z0-9_.+]+', '-', gpu)}.json"
+
+
+def own_folder() -> Path:
+    """The folder that the environment names, or the package's.
+
+    Raises:
+        ValueError: The environment names no folder.
+    """
+    if not (named := os.environ.get(VARIABLE, "")):
+        return FOLDER
+    if not Path(named).is_dir():
+        raise ValueError(f"{VARIABLE}={named}: there is no such folder; unset it, or make the folder")
+    return Path(named)
+
+
+def read(file: Path) -> list[Entry]:
+    """The entries of a table.
+
+    Raises:
+        ValueError: It is no table of this format.
+    """
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        if told["format"] != FORMAT:
+            raise ValueError(f"its format is {told['format']}, not {FORMAT}")
+        return [_checked(Entry(**entry)) for entry in told["entries"]]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        fix = f"remove the file, or measure it anew: rm {file}; litp profile kernels --tune --table {file.parent}"
+        raise ValueError(f"{file} is no table of kernels ({type(error).__name__}: {error}); {fix}") from error
+
+
+def write(file: Path, gpu: str, entries: Sequence[Entry]) -> None:
+    """Put a table in its place, whole or not at all.
+
+    Raises:
+        OSError: The disk is full, or closed to this user.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
+    lines = ",\n".join(json.dumps(asdict(entry)) for entry in entries)
+    text = f'{{"format": {FORMAT}, "gpu": {json.dumps(gpu)}, "entries": [\n{lines}\n]}}\n'
+    try:
+        with temporary.open("w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _checked(entry: Entry) -> Entry:
+    if entry.path not in PATHS:
+        raise ValueError(f"the path of {entry.operator} {entry.sizes} is {entry.path!r}, not one of {', '.join(PATHS)}")
+    if not entry.sizes or not all(type(size) is int and size > 0 for size in entry.sizes.values()):
+        raise ValueError(f"the sizes of {entry.operator} are {entry.sizes}, not whole numbers above 0")
+    if not isinstance(getattr(torch, entry.dtype), torch.dtype):
+        raise ValueError(f"the dtype of {entry.operator} is {entry.dtype!r}")
+    if not all(isinstance(name, str) for name in entry.tiles.values()):
+        raise ValueError(f"the tiles of {entry.operator} are {entry.tiles}")
+    return entry
+
+
+@functools.cache
+def _entries(gpu: str) -> tuple[Entry, ...]:
+    for folder in (own_folder(), FOLDER) if gpu else ():
+        if (file := file_of(gpu, folder)).exists():
+            return tuple(read(file))
+    return ()
+
+
+Same = tuple[tuple[str, int], ...]
+Names = tuple[str, ...]
+
+
+@functools.cache
+def _alike(operator: str, dtype: torch.dtype, device: torch.device, same: Same) -> tuple[Entry, ...]:
+    """Entries that may stand for a case: those of its operator and dtype that have these very sizes."""
+    name = str(dtype).removeprefix("torch.")
+    mine = [e for e in _entries(gpu_of(device)) if (e.operator, e.dtype) == (operator, name)]
+    return tuple(e for e in mine if all(e.sizes.get(which) == size for which, size in same))
+
+
+def _axes(entries: Sequence[Entry], names: Sequence[str]) -> dict[str, list[int]]:
+    """The different values, in order, of those sizes that all entries have."""
+    return {name: sorted({e.sizes[name] for e in entries}) for name in names if all(name in e.sizes for e in entries)}
+
+
+def _limits(values: Sequence[int]) -> tuple[float, ...]:
+    """Where a size is as far from one value as from the next: their geometric means."""
+    return tuple(math.sqrt(a * b) for a, b in zip(values, values[1:], strict=False))
+
+
+def _nearest(entries: Sequence[Entry], sizes: Mapping[str, int]) -> Entry:
+    """By the sum of squared logarithms of ratios."""
+    return min(entries, key=lambda e: sum(math.log(e.sizes[name] / size) ** 2 for name, size in sizes.items()))
+
+
+@torch.compiler.assume_constant_result
+def _settled(operator: str, dtype: torch.dtype, device: torch.device, same: Same, names: Names) -> tuple[str, Any]:
+    return _settled_of(operator, dtype, device, same, names)
+
+
+@functools.cache
+def _settled_of(operator: str, dtype: torch.dtype, device: torch.device, same: Same, names: Names) -> tuple[str, Any]:
+    """The path if it is one whatever the other sizes; else the limits between their values, by size."""
+    entries = _alike(operator, dtype, device, same)
+    if len(paths := {entry.path for entry in entries}) < 2:
+        return (paths or {"triton"}).pop(), ()
+    return "", tuple((name, _limits(values)) for name, values in _axes(entries, names).items())
+
+
+@torch.compiler.assume_constant_result
+def _path_at(
+    operator: str, dtype: torch.dtype, device: torch.device, same: Same, names: Names, places: tuple[int, ...]
+) -> str:
+    return _path_of(operator, dtype, device, same, names, places)
+
+
+@functools.cache
+def _path_of(
+    operator: str, dtype: torch.dtype, device: torch.device, same: Same, names: Names, places: tuple[int, ...]
+) -> str:
+    entries = _alike(operator, dtype, device, same)
+    axes = _axes(entries, names).items()
+    return _nearest(entries, {name: values[at] for (name, values), at in zip(axes, places, strict=True)}).path
+
+
+@functools.lru_cache(maxsize=4096)
+def _tile(operator: str, dtype: torch.dtype, sizes: Same, part: str, device: torch.device) -> str:
+    """The name of the fastest tile of the nearest entry that has one for this part; empty without such an entry."""
+    same = tuple((name, size) for name, size in sizes if name in SAME)
+    entries = [e for e in _alike(operator, dtype, device, same) if part in e.tiles]
+    if not entries:
+        return ""
+    asked, near = dict(sizes), {}
+    for name, values in _axes(entries, [name for name in asked if name not in SAME]).items():
+        near[name] = values[sum(asked[name] > limit for limit in _limits(values))]
+    return _nearest(entries, near).tiles[part]
