@@ -77,6 +77,12 @@ def choose(
     return "fallback" if reason else "triton"
 
 
+@torch.compiler.assume_constant_result  # compiled code cannot log; the choice is made, and told, while it is traced
+def _tell(operator: str, path: str, reason: str) -> bool:
+    return _told(operator, path, reason)
+
+
 @functools.cache
-def _tell(operator: str, path: str, reason: str) -> None:
+def _told(operator: str, path: str, reason: str) -> bool:
     log.info("%s: %s%s", operator, path, f" ({reason})" if reason else "")
+    return True

@@ -243,9 +243,9 @@ def _axes(entries: Sequence[Entry], names: Sequence[str]) -> dict[str, list[int]
     return {name: sorted({e.sizes[name] for e in entries}) for name in names if all(name in e.sizes for e in entries)}
 
 
-def _limits(values: Sequence[int]) -> tuple[float, ...]:
-    """Where a size is as far from one value as from the next: their geometric means."""
-    return tuple(math.sqrt(a * b) for a, b in zip(values, values[1:], strict=False))
+def _limits(values: Sequence[int]) -> tuple[int, ...]:
+    """The largest sizes that are no nearer to the next value: geometric means, rounded down."""
+    return tuple(math.isqrt(a * b) for a, b in zip(values, values[1:], strict=False))
 
 
 def _nearest(entries: Sequence[Entry], sizes: Mapping[str, int]) -> Entry:

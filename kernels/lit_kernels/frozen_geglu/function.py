@@ -55,7 +55,7 @@ def _forward(projected: Tensor) -> Tensor:
 
 @_forward.register_fake
 def _(projected: Tensor) -> Tensor:
-    return projected.new_empty((len(projected), projected.shape[1] // 2))
+    return projected.new_empty((projected.shape[0], projected.shape[1] // 2))  # len() would fix the size
 
 
 @torch.library.custom_op("lit_kernels::frozen_geglu_backward", mutates_args=())

@@ -24,7 +24,7 @@ from lit_kernels.tiles import Config, accumulator, padded
 
 CONFIG = Config(32, 64, 64, 4, 2)
 """Rows and columns of a tile of dY; `depth` is not used."""
-MORE = (Config(64, 64, 64, 4, 2), Config(64, 128, 64, 4, 2))
+MORE = (Config(64, 64, 64, 4, 2), Config(64, 128, 64, 8, 2))
 """For ranks up to 16, where every token learns: fewer steps of the sum over rows of a large batch."""
 
 

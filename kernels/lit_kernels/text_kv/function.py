@@ -88,7 +88,8 @@ def _forward(
 def _(
     text: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: Tensor, widths: Sequence[int], period: int
 ) -> tuple[Tensor, Tensor]:
-    return text.new_empty((len(text), len(weight))), text.new_empty((len(text), *down.shape[:2]))
+    rows = text.shape[0]  # len() would fix the size
+    return text.new_empty((rows, weight.shape[0])), text.new_empty((rows, *down.shape[:2]))
 
 
 @torch.library.custom_op("lit_kernels::text_key_values_backward", mutates_args=())
