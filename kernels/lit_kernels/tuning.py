@@ -56,7 +56,8 @@ def measured(built: Built, key: dispatch.Key, bench: Bench) -> dispatch.Entry:
     way = Baseline(lambda: built.run("triton"), built.learning)
     tiles, tried = _best_tiles(way, key.operator, bench)
     best = {(key.operator, part): name for part, name in tiles.items()}
-    kernels = _unless_too_large(lambda: _step_of(way), best, bench)
+    fits = all(tried.values())
+    kernels = _unless_too_large(lambda: _step_of(way), best, bench) if fits else None
     plain = bench(_step_of(Baseline(lambda: built.run("fallback"), built.learning)))
     return dispatch.Entry(
         operator=key.operator,
