@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in pieces of a few minutes: tests, compiles, operators, whole steps.
+# Everything that needs an NVIDIA GPU, in pieces of a few minutes: tests, compiles, tuning, operators, whole steps.
 #
-#   kernels/benchmarks/gpu_suite.sh [PIECE...]      all pieces, or these: tests compile kernels sd15 sdxl
+#   kernels/benchmarks/gpu_suite.sh [PIECE...]      all pieces, or these: tests compile tune kernels sd15 sdxl
 #
-# Results go to kernels/benchmarks/results/GPU-NAME/. What is there is not measured again: the same command goes on after
+# Results go to kernels/benchmarks/results/GPU-NAME/, and the table that kernels are chosen by to LIT_KERNELS_TABLES, or
+# to kernels/lit_kernels/tables/GPU-NAME.json, from where later pieces take it: commit it with the results. What is there is not measured again: the same command goes on after
 # an interruption, and a piece can be run by itself where time is short. PYTHON names the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -25,9 +26,21 @@ piece() {
       }
       ;;
     compile) "$PYTHON" -m lit_personalize profile compile --out "$out" ;;
-    kernels)
+    tune)
+      # A batch has 20 cases, and one more that has no batch: 2 of text_kv with 5 + 3 tiles, 6 of short_key_attention with
+      # 1 or 2 + 3, 6 of frozen_geglu with 2 + 2, 6 of absorbed_attention with 3. With both paths at the end that is 126
+      # do_bench of some 0.3 s: less than a minute a batch, and the forms are compiled once, in the first.
       for batch in 1 2 4 8 16; do
-        [ -e "$out/batch$batch/kernels.png" ] || "$PYTHON" -m lit_personalize profile kernels --batch "$batch" --out "$out/batch$batch"
+        "$PYTHON" -m lit_personalize profile kernels --tune --batch "$batch"
+      done
+      ;;
+    kernels)
+      # torch.compile of up to 140 slices takes its minutes: each operator is a piece of its own.
+      for batch in 1 2 4 8 16; do
+        for operator in text_kv short_key_attention bank_lora frozen_geglu absorbed_attention bank_adamw; do
+          to="$out/batch$batch/$operator"
+          [ -e "$to/kernels.png" ] || "$PYTHON" -m lit_personalize profile kernels --batch "$batch" --only "$operator" --out "$to"
+        done
       done
       ;;
     sd15 | sdxl)
@@ -38,12 +51,12 @@ piece() {
       done
       ;;
     *)
-      echo "unknown piece $1: tests compile kernels sd15 sdxl" >&2
+      echo "unknown piece $1: tests compile tune kernels sd15 sdxl" >&2
       exit 2
       ;;
   esac
 }
 
-for each in "${@:-tests compile kernels sd15 sdxl}"; do
+for each in "${@:-tests compile tune kernels sd15 sdxl}"; do
   for one in $each; do piece "$one"; done
 done

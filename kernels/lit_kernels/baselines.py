@@ -15,6 +15,7 @@ Everything runs on a CPU too, where a test compares results and gradients with o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -171,8 +172,11 @@ def _short_keys(given: Given) -> dict[str, Callable[[], Baseline]]:
 
         return Baseline(run, tensors)
 
-    named = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "math": "MATH"}
-    return {f"SDPA {name}": lambda own=getattr(SDPBackend, own): by(own) for name, own in named.items()}  # type: ignore[misc]
+    named = {
+        "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH,
+    }  # fmt: skip
+    return {f"SDPA {name}": functools.partial(by, backend) for name, backend in named.items()}
 
 
 def _plain_short_keys(given: Given) -> tuple[Callable[[], Any], list[Tensor]]:

@@ -3,7 +3,7 @@
 Every operator lists the forms of its kernels that it launches (`shipped()`); each is compiled for sm_80 and sm_90 with
 Triton's own compiler and read with the tools that Triton brings along. Nothing here needs a driver.
 
-    litp profile compile [--only text_kv] [--arch 90]
+    litp profile compile [--only text_kv] [--arch 90] [--dtype fp16]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,10 @@ class Shipped:
     @property
     def name(self) -> str:
         return str(self.kernel.fn.__name__)
+
+    def of(self, dtype: str) -> Shipped:
+        """The same form for tensors in "bf16" or "fp16"; forms are listed in bf16."""
+        return replace(self, signature={name: kind.replace("bf16", dtype) for name, kind in self.signature.items()})
 
 
 @dataclass
@@ -151,10 +155,14 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def compile_all(
-    operators: Sequence[str] = OPERATORS, architectures: Sequence[int] = ARCHITECTURES, jobs: int = 1
+    operators: Sequence[str] = OPERATORS,
+    architectures: Sequence[int] = ARCHITECTURES,
+    jobs: int = 1,
+    dtype: str = "bf16",
 ) -> Iterator[Resources]:
     """Compile every form for every architecture, in `jobs` processes; results come in order."""
-    tasks = [(name, i, arch) for name in operators for i in range(len(list(shipped([name])))) for arch in architectures]
+    forms = [(name, i) for name in operators for i in range(len(list(shipped([name]))))]
+    tasks = [(name, i, arch, dtype) for name, i in forms for arch in architectures]
     # Processes of their own: where Triton interprets kernels, its own functions are no longer compilable.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_without_the_interpreter) as pool:
@@ -165,9 +173,9 @@ def _without_the_interpreter() -> None:
     os.environ["TRITON_INTERPRET"] = "0"
 
 
-def _compile(task: tuple[str, int, int]) -> Resources:
-    operator, number, arch = task
-    return compile_for(list(shipped([operator]))[number], arch)
+def _compile(task: tuple[str, int, int, str]) -> Resources:
+    operator, number, arch, dtype = task
+    return compile_for(list(shipped([operator]))[number].of(dtype), arch)
 
 
 def as_dict(made: Sequence[Resources]) -> dict[str, Any]:
@@ -175,9 +183,9 @@ def as_dict(made: Sequence[Resources]) -> dict[str, Any]:
     return {"triton": version("triton"), "kernels": [asdict(one) for one in made]}
 
 
-def results_name() -> str:
+def results_name(dtype: str = "bf16") -> str:
     """Of the file in `kernels/benchmarks/results` for the compiler that is installed."""
-    return f"compile-triton-{version('triton')}.json"
+    return f"compile-{'' if dtype == 'bf16' else f'{dtype}-'}triton-{version('triton')}.json"
 
 
 HEADER = f"{'kernel':30} {'form':38} {'arch':6} registers  spills  shared  tensor-core  warps/SM"

@@ -8,6 +8,7 @@ baselines`) side by side; without a GPU there are none.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from lit_kernels.bank_adamw.function import bank_adamw
 from lit_kernels.bank_lora.function import bank_lora
 from lit_kernels.baselines import Baseline, baselines_of
 from lit_kernels.frozen_geglu.function import frozen_geglu
+from lit_kernels.packing import lay_side_by_side
 from lit_kernels.short_key_attention.function import short_key_attention
 from lit_kernels.text_kv.function import text_key_values
 from lit_kernels.timing import Bench, do_bench, passes_of
@@ -151,11 +153,12 @@ def times_of(case: Case, device: torch.device, bench: Bench) -> dict[str, dict[s
     """Time of each pass of "triton", "fallback" and every baseline, by name; or why there is none."""
     built = case.build(device)
     ways: dict[str, Callable[[], Baseline]] = {
-        backend: lambda b=backend: Baseline(lambda: built.run(b), built.learning)  # type: ignore[misc]
+        backend: functools.partial(Baseline, functools.partial(built.run, backend), built.learning)
         for backend in ("triton", "fallback")
     }
+    in_a_graph = functools.partial(Baseline, functools.partial(built.run, "triton"), built.learning, graphed=True)
     found: dict[str, dict[str, float] | str] = {}
-    for name, make in {**ways, **baselines_of(case.operator, built.given)}.items():
+    for name, make in {**ways, **baselines_of(case.operator, built.given), "ours in a graph": in_a_graph}.items():
         try:
             found[name] = passes_of(make(), bench)
         except Exception as error:  # noqa: BLE001 - what cannot run here leaves the others; it is written down
@@ -178,6 +181,8 @@ def _text_kv(model: str, shape: dict[str, Any], batch: int, dtype: torch.dtype) 
         weights = list(_draw(device, total, depth, dtype=dtype, learns=False).split(widths))
         downs = [_draw(device, RANK, depth, dtype=torch.float32) for _ in widths]
         ups = [_draw(device, width, RANK, dtype=torch.float32) for width in widths]
+        lay_side_by_side(downs)  # as in a patched UNet
+        lay_side_by_side(ups)
         scales = torch.full((slices,), SCALE, device=device)
         given = {"text": text, "weights": weights, "downs": downs, "ups": ups, "scales": scales, "scale": SCALE}
         run = lambda backend: text_key_values(text, weights, downs, ups, scales, False, backend)  # noqa: E731

@@ -26,8 +26,9 @@ def main(arguments: list[str]) -> int:
     )
     compiles.add_argument("--arch", type=int, action="append", metavar="80|90", help="only this architecture")
     compiles.add_argument("--only", action="append", metavar="OPERATOR", help="only this operator")
+    compiles.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="of tensors (default: bf16)")
     compiles.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    compiles.add_argument("--out", type=Path, metavar="DIR", help="also write compile-triton-VERSION.json there")
+    compiles.add_argument("--out", type=Path, metavar="DIR", help="also write compile[-fp16]-triton-VERSION.json there")
     add_json(compiles)
     kernels = parts.add_parser(
         "kernels",
@@ -123,7 +124,7 @@ def _compile(options: argparse.Namespace) -> int:
         print(compiling.HEADER, flush=True)
     made = []
     operators, architectures = options.only or compiling.OPERATORS, options.arch or compiling.ARCHITECTURES
-    for one in compiling.compile_all(operators, architectures, max(1, options.jobs)):
+    for one in compiling.compile_all(operators, architectures, max(1, options.jobs), options.dtype):
         made.append(one)
         if not options.json:
             print(compiling.line_of(one), flush=True)
@@ -131,7 +132,7 @@ def _compile(options: argparse.Namespace) -> int:
     if options.json:
         emit(report, True)
     if options.out is not None:
-        write_text(options.out / compiling.results_name(), json.dumps(report, indent=1) + "\n")
+        write_text(options.out / compiling.results_name(options.dtype), json.dumps(report, indent=1) + "\n")
     bad = [one for one in made if one.faults]
     for one in bad:
         print(f"{one.name}, {one.config}, {one.arch}: {'; '.join(one.faults)}", file=sys.stderr)
