@@ -87,6 +87,8 @@ def patch(unet: nn.Module, ops: Literal["auto"] | Sequence[Operator] = "auto", b
                 continue
             lora_layers.fuse(layer, backend)
             made.layers["bank_lora"].append(name)
+        for processor in processors.values():
+            processor.joint = not processor.is_cross
     if "frozen_geglu" in wanted:
         gates = gate_layers.gates_of(unet)
         made.layers["frozen_geglu"] = list(gates)
@@ -104,7 +106,7 @@ def unpatch(unet: nn.Module) -> None:
     for hook in made.hooks:
         hook.remove()
     for processor in install(unet).values():
-        processor.short_keys = None
+        processor.short_keys, processor.joint = None, False
     for name in made.layers.get("bank_lora", ()):
         lora_layers.unfuse(unet.get_submodule(name))
     for name in made.layers.get("frozen_geglu", ()):

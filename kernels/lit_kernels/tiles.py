@@ -28,3 +28,16 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 def padded(rank: int) -> int:
     """A rank as a side of a product on tensor cores: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(rank))
+
+
+@triton.jit
+def one_of(which, first, second, third, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The pointer of part `which` of up to three; with one part there is nothing to choose."""
+    found = first
+    if PARTS > 1:
+        if which == 1:
+            found = second
+    if PARTS > 2:
+        if which == 2:
+            found = third
+    return found

@@ -37,14 +37,25 @@ def frozen_geglu(projected: Tensor, backend: backends.Backend = "auto") -> Tenso
         return reference.frozen_geglu(projected)
     rows = projected.reshape(-1, projected.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    return torch.ops.lit_kernels.frozen_geglu(rows).view(*projected.shape[:-1], -1)
+    apply = _Directly.apply if backends.launches_directly(rows) else torch.ops.lit_kernels.frozen_geglu
+    return apply(rows).view(*projected.shape[:-1], -1)
+
+
+def _launch(projected: Tensor) -> Tensor:
+    from lit_kernels.frozen_geglu import forward
+
+    return forward.launch(projected)
+
+
+def _launch_backward(projected: Tensor, grad: Tensor) -> Tensor:
+    from lit_kernels.frozen_geglu import backward
+
+    return backward.launch(projected, grad.contiguous())
 
 
 @torch.library.custom_op("lit_kernels::frozen_geglu", mutates_args=())
 def _forward(projected: Tensor) -> Tensor:
-    from lit_kernels.frozen_geglu import forward
-
-    return forward.launch(projected)
+    return _launch(projected)
 
 
 @_forward.register_fake
@@ -54,9 +65,7 @@ def _(projected: Tensor) -> Tensor:
 
 @torch.library.custom_op("lit_kernels::frozen_geglu_backward", mutates_args=())
 def _backward(projected: Tensor, grad: Tensor) -> Tensor:
-    from lit_kernels.frozen_geglu import backward
-
-    return backward.launch(projected, grad.contiguous())
+    return _launch_backward(projected, grad)
 
 
 @_backward.register_fake
@@ -69,7 +78,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient(ctx: Any, grad: Tensor) -> Tensor:
-    return torch.ops.lit_kernels.frozen_geglu_backward(*ctx.saved_tensors, grad)
+    (projected,) = ctx.saved_tensors
+    direct = backends.launches_directly(projected)
+    launch = _launch_backward if direct else torch.ops.lit_kernels.frozen_geglu_backward
+    return launch(projected, grad)  # type: ignore[no-any-return]
 
 
 _forward.register_autograd(_gradient, setup_context=_save)
+_Directly = backends.directly(NAME, _launch, _save, _gradient)
