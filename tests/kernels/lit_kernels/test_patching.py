@@ -200,6 +200,23 @@ def test_q_k_and_v_of_self_attention_are_one_launch(unet: Any, parts: tuple[str,
     assert not calls.of["lit_kernels::bank_lora"]
 
 
+def test_nothing_is_divided_by_one(unet: Any) -> None:
+    lora(unet, targets=("attn2.to_v",))
+    expected = step(unet)
+    counts = []
+    for change in (None, lambda: lit_kernels.patch(unet, []), lambda: lit_kernels.unpatch(unet)):
+        if change is not None:
+            change()
+        with Calls() as calls:
+            found = step(unet)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        counts.append(calls.of["aten::div"])
+    blocks = sum(type(module).__name__ == "ResnetBlock2D" for module in unet.modules())
+    layers = sum(type(module).__name__ == "Attention" for module in unet.modules())
+    assert counts[0] == counts[2] > blocks + layers
+    assert counts[1] < 5, "of the loss and of the time's frequencies"
+
+
 def test_layers_of_other_ranks_go_alone(unet: Any) -> None:
     attention = "mid_block.attentions.0.transformer_blocks.0.attn1"
     lora(unet, targets=(f"{attention}.to_q", f"{attention}.to_k", f"{attention}.to_v"), rank_pattern={"to_k": 5})
