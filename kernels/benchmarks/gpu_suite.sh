@@ -27,9 +27,9 @@ piece() {
       ;;
     compile) "$PYTHON" -m lit_personalize profile compile --out "$out" ;;
     tune)
-      # A batch has 20 cases, and one more that has no batch: 2 of text_kv with 5 + 3 tiles, 6 of short_key_attention with
-      # 1 or 2 + 3, 6 of frozen_geglu with 2 + 2, 6 of absorbed_attention with 3. With both paths at the end that is 126
-      # do_bench of some 0.3 s: less than a minute a batch, and the forms are compiled once, in the first.
+      # A batch has 26 cases, and the bank's two come once: 2 of text_kv with 5 + 3 tiles, 6 of short_key_attention with 1
+      # or 2 + 3, 6 of frozen_geglu with 2 + 2, 6 of absorbed_attention with 3, 6 of bank_lora with one. With both paths at
+      # the end that is 138 do_bench of some 0.3 s: about a minute a batch, and forms are compiled once, in the first.
       for batch in 1 2 4 8 16; do
         "$PYTHON" -m lit_personalize profile kernels --tune --batch "$batch"
       done

@@ -16,14 +16,19 @@ import functools
 import importlib.util
 import logging
 import os
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lit_kernels import dispatch
 
 Backend = Literal["auto", "triton", "fallback", "reference"]
 Path = Literal["triton", "fallback", "reference"]
+_INSTALLED = importlib.util.find_spec("triton") is not None
+_PLAIN = (Tensor, nn.Parameter)
 log = logging.getLogger(__name__)
 # Whether a*b+c is rounded once: Triton changes its default, our numbers are not to change with it.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -36,7 +41,7 @@ def interpreting() -> bool:
 
 def why_not_triton(device: torch.device) -> str:
     """Why kernels cannot run on tensors of this device; empty where they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _INSTALLED:
         return "Triton is not installed"
     if device.type == "meta" or (device.type == "cuda" and torch.version.hip is None):
         return ""  # on the meta device nothing runs, and what would run can be counted
@@ -75,6 +80,31 @@ def choose(
         reason = "some sizes were measured to be faster so on this GPU"
     _tell(operator, "fallback" if reason else "triton", reason)
     return "fallback" if reason else "triton"
+
+
+def launches_directly(x: Tensor) -> bool:
+    """Whether kernels are launched without torch's registry of operators, which takes the host longer than a launch.
+
+    Not in a graph that is being traced, for tensors without values (fake, meta), or where something watches what torch
+    dispatches, such as a counter.
+    """
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    return type(x) in _PLAIN and not x.is_meta and not watched
+
+
+def directly(name: str, launch: Callable[..., Any], save: Callable[..., None], gradients: Callable[..., Any]) -> Any:
+    """An `autograd.Function` of a launch, with the `setup_context` and `backward` of the registered operator.
+
+    Profilers show it under `name`.
+    """
+
+    def forward(ctx: Any, *inputs: Any) -> Any:  # a setup_context of its own has the signature read in every call
+        output = launch(*inputs)
+        save(ctx, inputs, output)
+        return output
+
+    parts = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(gradients))}
+    return type(name, (torch.autograd.Function,), parts)
 
 
 @torch.compiler.assume_constant_result  # compiled code cannot log; the choice is made, and told, while it is traced

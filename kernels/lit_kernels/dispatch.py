@@ -77,6 +77,12 @@ def path(key: Key, device: torch.device) -> str:
     Raises:
         ValueError: The GPU's table cannot be read.
     """
+    if not torch.compiler.is_compiling():  # eager steps of small batches wait for the host
+        return _known_path(key.operator, key.dtype, device, tuple(key.sizes.items()))
+    return _path(key, device)
+
+
+def _path(key: Key, device: torch.device) -> str:
     same = tuple((name, size) for name, size in key.sizes.items() if name in SAME)
     names = tuple(name for name in key.sizes if name not in SAME)
     settled, axes = _settled(key.operator, key.dtype, device, same, names)
@@ -142,7 +148,7 @@ def noted(key: Key) -> None:
 
 def forget() -> None:
     """Read tables anew at the next lookup."""
-    for cached in (gpu_of, _entries, _alike, _settled_of, _path_of, _tile):
+    for cached in (gpu_of, _entries, _alike, _settled_of, _path_of, _known_path, _tile):
         cached.cache_clear()
 
 
@@ -228,6 +234,11 @@ def _entries(gpu: str) -> tuple[Entry, ...]:
 
 Same = tuple[tuple[str, int], ...]
 Names = tuple[str, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _known_path(operator: str, dtype: torch.dtype, device: torch.device, sizes: Same) -> str:
+    return _path(Key(operator, dtype, dict(sizes)), device)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from lit_kernels import resnets
 from lit_kernels.attention.processor import AttentionProcessor, install
 from lit_kernels.backend import Backend, why_not_triton
 from lit_kernels.bank_lora import layers as lora_layers
@@ -34,6 +35,8 @@ class Patch:
     processors: dict[str, Any] = field(default_factory=dict)
     """Processors that were there before, where they were not ours."""
     hooks: list[Any] = field(default_factory=list)
+    blocks: list[str] = field(default_factory=list)
+    """Residual blocks that no longer divide by 1."""
 
     def __str__(self) -> str:
         lines = [f"{operator}: {len(names)} layers" for operator, names in self.layers.items()]
@@ -87,11 +90,16 @@ def patch(unet: nn.Module, ops: Literal["auto"] | Sequence[Operator] = "auto", b
                 continue
             lora_layers.fuse(layer, backend)
             made.layers["bank_lora"].append(name)
+        for processor in processors.values():
+            processor.joint = not processor.is_cross
     if "frozen_geglu" in wanted:
         gates = gate_layers.gates_of(unet)
         made.layers["frozen_geglu"] = list(gates)
         for gate in gates.values():
             gate_layers.fuse(gate, backend)
+    for name, block in resnets.plain_blocks_of(unet).items():
+        resnets.shorten(block)
+        made.blocks.append(name)
     object.__setattr__(unet, "_lit_patch", made)
     return made
 
@@ -104,11 +112,13 @@ def unpatch(unet: nn.Module) -> None:
     for hook in made.hooks:
         hook.remove()
     for processor in install(unet).values():
-        processor.short_keys = None
+        processor.short_keys, processor.joint = None, False
     for name in made.layers.get("bank_lora", ()):
         lora_layers.unfuse(unet.get_submodule(name))
     for name in made.layers.get("frozen_geglu", ()):
         gate_layers.unfuse(unet.get_submodule(name))
+    for name in made.blocks:
+        resnets.restore(unet.get_submodule(name))
     for name, processor in made.processors.items():
         unet.get_submodule(name).set_processor(processor)  # type: ignore[operator]
 

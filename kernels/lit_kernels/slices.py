@@ -37,25 +37,34 @@ def projection_of(layer: nn.Module) -> Projection | str:
 
     Several active adapters become one: their factors stand side by side, their scales are multiplied into B.
     """
-    if not hasattr(layer, "lora_A"):
+    own: dict[str, Any] = layer._modules  # this is read in every call of every layer: no lookup by `__getattr__`
+    downs = own.get("lora_A")
+    if downs is None:
         if type(layer) is not nn.Linear:
             return f"it is a {type(layer).__name__}"
         return Projection(layer.weight, bias=layer.bias)
-    peft: Any = layer
-    base = peft.get_base_layer()
+    base = own["base_layer"]
+    while "base_layer" in base._modules:
+        base = base._modules["base_layer"]
     if type(base) is not nn.Linear:
         return f"its base is a {type(base).__name__}"
     plain = Projection(base.weight, bias=base.bias)
-    active = [] if peft.disable_adapters or peft.merged else [n for n in peft.active_adapters if n in peft.lora_A]
+    peft: Any = layer
+    if peft._disable_adapters or peft.merged_adapters:
+        return plain
+    ups, active = own["lora_B"]._modules, peft._active_adapter
     found: list[tuple[Tensor, Tensor, float]] = []
-    for name in active:
+    for name in (active,) if isinstance(active, str) else active:
+        if name not in downs._modules:
+            continue
         if name in peft.lora_variant:
             return f"adapter {name!r} is not plain LoRA"
-        if not isinstance(peft.lora_dropout[name], nn.Identity) and peft.training:
+        if layer.training and not isinstance(own["lora_dropout"]._modules[name], nn.Identity):
             return f"adapter {name!r} has dropout"
-        if peft.lora_B[name].bias is not None:
+        up = ups[name]
+        if up.bias is not None:
             return f"adapter {name!r} has a bias"
-        found.append((peft.lora_A[name].weight, peft.lora_B[name].weight, float(peft.scaling[name])))
+        found.append((downs._modules[name].weight, up.weight, peft.scaling[name]))
     if not found:
         return plain
     if len(found) == 1:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
 import triton.language as tl
 
 from lit_kernels.dispatch import padded_rank as padded
 
-__all__ = ["Config", "accumulator", "padded"]
+__all__ = ["Config", "accumulator", "one_of", "padded"]
 
 
 @dataclass(frozen=True)
@@ -30,3 +31,15 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
     """fp64 for fp64, fp32 for all others."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
+
+@triton.jit
+def one_of(which, first, second, third, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The pointer of part `which` of up to three; with one part there is nothing to choose."""
+    found = first
+    if PARTS > 1:
+        if which == 1:
+            found = second
+    if PARTS > 2:
+        if which == 2:
+            found = third
+    return found

@@ -14,7 +14,6 @@ import torch
 from lit_kernels import dispatch, measuring
 from lit_personalize.errors import UsageError
 
-
 BATCHES = (1, 2, 4, 8, 16)
 """Of which a table is made."""
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lit_kernels
 
@@ -54,3 +57,51 @@ def test_what_is_counted_is_what_runs(counts: ModuleType) -> None:
         layer(x).sum().backward()
     assert dict(found.operators) == {"addmm": 1, "sum": 2, "ones_like": 1, "mm": 1}
     assert found.saved_bytes == x.nbytes
+
+
+class _Launches:
+    """In a kernel's place: how often it is launched."""
+
+    def __init__(self, counted: list[Any]):
+        self.counted = counted
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.counted.append(grid)
+        return lambda *arguments, **options: None
+
+
+def gradients_of_a_lora_layer() -> None:
+    from lit_kernels.bank_lora import backward
+
+    x, w, a, b = torch.ones(600, 8), torch.ones(8, 8), torch.ones(2, 8), torch.ones(8, 2)
+    backward.launch([x], x, torch.ones(1, 600, 2), [w], [a], [b], torch.ones(1, 1), True, True, True)
+
+
+def gradients_of_wide_heads() -> None:
+    from lit_kernels.short_key_attention import backward
+
+    q, k = torch.ones(1, 4, 160, dtype=torch.half), torch.ones(1, 5, 160, dtype=torch.half)
+    backward.launch(q, q, k, k, None, 1)
+
+
+@pytest.mark.parametrize(
+    ("operator", "kernels", "run"),
+    [
+        ("bank_lora_backward", ["bank_lora_product", "bank_lora_skinny"], gradients_of_a_lora_layer),
+        ("short_key_attention_backward", ["short_key_backward"], gradients_of_wide_heads),
+    ],
+)
+def test_operators_launch_as_often_as_is_counted(
+    operator: str, kernels: list[str], run: Any, counts: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their kernels, and what torch does around them, in the case with the most launches."""
+    launched: list[Any] = []
+    for module in (f"lit_kernels.{operator.removesuffix('_backward')}.{part}" for part in ("forward", "backward")):
+        for name in kernels:
+            if hasattr(importlib.import_module(module), name):
+                monkeypatch.setattr(f"{module}.{name}", _Launches(launched))
+    with FakeTensorMode(), counts.counting(torch.nn.Identity()) as around:
+        run()
+    allocations = ("ones", "empty", "new_empty", "empty_like")
+    others = {name: count for name, count in around.operators.items() if name not in allocations}
+    assert launched and len(launched) + sum(others.values()) == counts.LAUNCHES[operator], others

@@ -8,6 +8,7 @@
 * `tap_limit`: the tap is not called where there are more query tokens: the maps of large self-attention layers would
   take memory that grows with the fourth power of the picture's side.
 * `backend`: "reference" (softmax written out), "sdpa" (torch's fused attention) or "auto" (= sdpa).
+* `joint`: q, k and v of self-attention are taken through one launch where they carry LoRA (`bank_lora.layers.project`).
 * `short_keys`: a backend of `short_key_attention` for cross-attention; None leaves it to `backend`, as do a tap, a mask
   and normalized queries and keys.
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from lit_kernels import backend as kernels
 from lit_kernels.attention import reference
+from lit_kernels.bank_lora.layers import project
 from lit_kernels.short_key_attention.function import short_key_attention, unsupported
 
 Backend = Literal["auto", "sdpa", "reference"]
@@ -43,6 +45,7 @@ class AttentionProcessor:
     tap: Tap | None = None
     tap_limit: int | None = None
     short_keys: kernels.Backend | None = None
+    joint: bool = False
     given: tuple[Tensor, Tensor] | None = None
 
     def key_value(self, attn: Any, states_BSE: Tensor, key_values: KeyValues | None = None) -> tuple[Tensor, Tensor]:
@@ -80,11 +83,14 @@ class AttentionProcessor:
             text = hidden_states if encoder_hidden_states is None else text
         if encoder_hidden_states is not None and attn.norm_cross:
             text = attn.norm_encoder_hidden_states(text)
-        projected = (attn.to_q(hidden_states), *self.key_value(attn, text, key_values))
-        if attention_mask is None and self._has_short_keys(attn, projected[0], projected[1]):
-            out = short_key_attention(*projected, heads=attn.heads, backend=self.short_keys or "auto")
+        if self.joint and text is hidden_states:
+            query, key, value = project((attn.to_q, attn.to_k, attn.to_v), hidden_states)
         else:
-            query, key, value = (self._heads(attn, x) for x in projected)
+            query, (key, value) = attn.to_q(hidden_states), self.key_value(attn, text, key_values)
+        if attention_mask is None and self._has_short_keys(attn, query, key):
+            out = short_key_attention(query, key, value, heads=attn.heads, backend=self.short_keys or "auto")
+        else:
+            query, key, value = (self._heads(attn, x) for x in (query, key, value))
             if attn.norm_q is not None:
                 query = attn.norm_q(query)
             if attn.norm_k is not None:

@@ -1,7 +1,12 @@
-"""`bank_lora`: the operator with its gradients, registered with torch, and the choice of a backend."""
+"""`bank_lora`: the operator with its gradients, registered with torch, and the choice of a backend.
+
+Eager steps of small batches wait for the host, so there the kernels are launched from an `autograd.Function`; the
+registered operator, which takes the host twice as long, is for `torch.compile` and for tensors without values.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +14,7 @@ from torch import Tensor
 
 from lit_kernels import backend as backends
 from lit_kernels.bank_lora import fallback, reference
+from lit_kernels.dispatch import Key, padded_rank
 
 NAME = "bank_lora"
 MAX_RANK = 64
@@ -49,87 +55,156 @@ def bank_lora(
     rows = x.reshape(-1, x.shape[-1])
     if backend == "reference":
         return reference.bank_lora(rows, weight, downs_GRK, ups_GNR, scales_G, bias).unflatten(0, x.shape[:-1])
-    unsupported = _unsupported(rows, weight, downs_GRK, bias)
+    reason = unsupported(rows, weight, downs_GRK.shape[1], bias)
     if backend == "auto" and x.dtype not in (torch.float16, torch.bfloat16):
-        unsupported = unsupported or f"torch multiplies {x.dtype} as fast"
-    if backends.choose(NAME, backend, x.device, unsupported) == "fallback":
-        y = fallback.bank_lora(rows, weight, downs_GRK, ups_GNR, scales_G, bias)
+        reason = reason or f"torch multiplies {x.dtype} as fast"
+    key = key_of(rows, weight, *downs_GRK.shape[:2])
+    if backends.choose(NAME, backend, x.device, reason, key) == "fallback":
+        return fallback.bank_lora(rows, weight, downs_GRK, ups_GNR, scales_G, bias).unflatten(0, x.shape[:-1])
+    return launched(x, [weight], [downs_GRK], [ups_GNR], scales_G[None], bias)[0]
+
+
+def launched(
+    x: Tensor, weights: Sequence[Tensor], downs: Sequence[Tensor], ups: Sequence[Tensor], scales_PG: Tensor,
+    bias: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """The kernels on up to three layers of one x, which are parts of one launch. Nothing is checked.
+
+    Args:
+        x: `[..., K]`.
+        weights: W `[N, K]` of each part, all of one shape.
+        downs: A of each part, `[G, R, K]`, or `[R, K]` for one adapter; all of one rank.
+        ups: B, `[G, N, R]` or `[N, R]`.
+        scales_PG: s of each part and adapter, contiguous.
+        bias: `[N]`, for one part only.
+
+    Returns:
+        `[..., N]` for each part.
+    """
+    x = x.contiguous()
+    if backends.launches_directly(x):
+        found = _Directly.apply(x, scales_PG, bias, *weights, *downs, *ups)
     else:
-        rows = rows if rows.stride(1) == 1 else rows.contiguous()
-        y, _ = torch.ops.lit_kernels.bank_lora(rows, weight, downs_GRK, ups_GNR, scales_G, bias)
-    return y.unflatten(0, x.shape[:-1])
+        none = [None] * (3 - len(weights))
+        found = torch.ops.lit_kernels.bank_lora(x, scales_PG, bias, *weights, *none, *downs, *none, *ups, *none)
+    return list(found[: len(weights)])
 
 
-@torch.library.custom_op("lit_kernels::bank_lora", mutates_args=())
-def _forward(
-    x: Tensor, weight: Tensor, downs: Tensor, ups: Tensor, scales: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _launch(x: Tensor, scales: Tensor, bias: Tensor | None, *factors: Tensor) -> tuple[Tensor, ...]:
     from lit_kernels.bank_lora import forward
 
-    return forward.launch(
-        x, weight.contiguous(), downs.contiguous(), ups.contiguous(), scales.contiguous(),
-        None if bias is None else bias.contiguous(),
-    )  # fmt: skip
+    weights, downs, ups = _parts(factors)
+    ys, s = forward.launch(x, weights, downs, ups, scales, None if bias is None else bias.contiguous())
+    return *ys, s
 
 
-@_forward.register_fake
-def _(
-    x: Tensor, weight: Tensor, downs: Tensor, ups: Tensor, scales: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty((len(x), len(weight))), x.new_empty((len(x), downs.shape[1]))
-
-
-@torch.library.custom_op("lit_kernels::bank_lora_backward", mutates_args=())
-def _backward(
-    grad: Tensor, x: Tensor, s: Tensor, weight: Tensor, downs: Tensor, ups: Tensor, scales: Tensor,
+def _launch_backward(
+    x: Tensor, s: Tensor, scales: Tensor, grads: Sequence[Tensor], factors: Sequence[Tensor],
     needs_x: bool, needs_down: bool, needs_up: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from lit_kernels.bank_lora import backward
 
-    return backward.launch(
-        grad.contiguous(), x, s, weight.contiguous(), downs.contiguous(), ups.contiguous(), scales.contiguous(),
-        needs_x, needs_down, needs_up,
-    )  # fmt: skip
+    grads = [grad.contiguous() for grad in grads]
+    return backward.launch(grads, x, s, *_parts(factors), scales, needs_x, needs_down, needs_up)
+
+
+def _parts(factors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """W, A and B of the parts, out of all W, all A and all B."""
+    own = [factor.contiguous() for factor in factors]
+    parts = len(own) // 3
+    return own[:parts], own[parts : 2 * parts], own[2 * parts :]
+
+
+def _there(factors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [factor for factor in factors if factor is not None]
+
+
+@torch.library.custom_op("lit_kernels::bank_lora", mutates_args=())
+def _forward(
+    x: Tensor, scales: Tensor, bias: Tensor | None,
+    w0: Tensor, w1: Tensor | None, w2: Tensor | None, a0: Tensor, a1: Tensor | None, a2: Tensor | None,
+    b0: Tensor, b1: Tensor | None, b2: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    *ys, s = _launch(x, scales, bias, *_there((w0, w1, w2, a0, a1, a2, b0, b1, b2)))
+    y0, y1, y2 = *ys, *(x.new_empty(0) for _ in range(3 - len(ys)))
+    return y0, y1, y2, s
+
+
+@_forward.register_fake
+def _(x: Tensor, scales: Tensor, bias: Tensor | None, *factors: Tensor | None) -> tuple[Tensor, ...]:
+    ys = [x.new_empty((0,) if w is None else (*x.shape[:-1], len(w))) for w in factors[:3]]
+    rank = _there(factors[3:4])[0].shape[-2]
+    return *ys, x.new_empty((len(scales), x.shape[:-1].numel(), rank))
+
+
+@torch.library.custom_op("lit_kernels::bank_lora_backward", mutates_args=())
+def _backward(
+    x: Tensor, s: Tensor, scales: Tensor, grads: Sequence[Tensor], factors: Sequence[Tensor],
+    needs_x: bool, needs_down: bool, needs_up: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _launch_backward(x, s, scales, grads, factors, needs_x, needs_down, needs_up)
 
 
 @_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, s: Tensor, weight: Tensor, downs: Tensor, ups: Tensor, scales: Tensor,
+    x: Tensor, s: Tensor, scales: Tensor, grads: Sequence[Tensor], factors: Sequence[Tensor],
     needs_x: bool, needs_down: bool, needs_up: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    def like(tensor: Tensor, needed: bool) -> Tensor:
-        return tensor.new_empty(tensor.shape if needed else (0,))
+    def like(factor: Tensor, needed: bool) -> Tensor:
+        return factor.new_empty((*scales.shape, *factor.shape[-2:]) if needed else (0,))
 
-    return like(x, needs_x), like(downs, needs_down), like(ups, needs_up)
+    parts = len(scales)
+    dx = x.new_empty(x.shape if needs_x else (0,))
+    return dx, like(factors[parts], needs_down), like(factors[2 * parts], needs_up)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, downs, ups, scales, _ = inputs
-    ctx.save_for_backward(x, weight, downs, ups, scales, output[1])
-    ctx.mark_non_differentiable(output[1])
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, scales, _, *factors = inputs
+    ctx.save_for_backward(x, output[-1], scales, *_there(factors))
+    ctx.mark_non_differentiable(output[-1])
     ctx.set_materialize_grads(False)  # zeros for the gradient of S would be a launch
 
 
-def _gradients(ctx: Any, grad: Tensor | None, grad_s: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 6
-    x, weight, downs, ups, scales, s = ctx.saved_tensors
-    needs_x, _, needs_down, needs_up = ctx.needs_input_grad[:4]
-    dx, d_down, d_up = torch.ops.lit_kernels.bank_lora_backward(
-        grad, x, s, weight, downs, ups, scales, needs_x, needs_down, needs_up
-    )
-    return dx if needs_x else None, None, d_down if needs_down else None, d_up if needs_up else None, None, None
+def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, s, scales, *factors = ctx.saved_tensors
+    parts, needs = len(scales), ctx.needs_input_grad
+    found: list[Tensor | None] = [None] * len(needs)
+    if all(grad is None for grad in grads[:parts]):
+        return tuple(found)
+    own = [x.new_zeros((*x.shape[:-1], len(factors[0]))) if g is None else g for g in grads[:parts]]
+    down_at = 3 + (len(needs) - 3) // 3  # the registered operator has places for three parts
+    up_at = 2 * down_at - 3
+    needed = needs[0], True in needs[down_at:up_at], True in needs[up_at:]
+    launch = _launch_backward if backends.launches_directly(x) else torch.ops.lit_kernels.bank_lora_backward
+    dx, d_downs, d_ups = launch(x, s, scales, own, factors, *needed)
+    found[0] = dx if needed[0] else None
+    for at, whole, begin in ((down_at, d_downs, parts), (up_at, d_ups, 2 * parts)):
+        for part in range(parts):
+            if needs[at + part]:
+                own_share = whole if parts == 1 else whole[part]
+                found[at + part] = own_share.view(factors[begin + part].shape)
+    return tuple(found)
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
+_Directly = backends.directly(NAME, _launch, _save, _gradients)
 
 
-def _unsupported(rows: Tensor, weight: Tensor, downs: Tensor, bias: Tensor | None) -> str:
-    if downs.shape[1] > MAX_RANK:
-        return f"rank {downs.shape[1]} is above {MAX_RANK}"
-    if not len(rows):
+def key_of(x: Tensor, weight: Tensor, adapters: int, rank: int) -> Key:
+    """What tables know a layer by; `rows` are those of one adapter, and layers in one launch are looked up one by one."""
+    width, depth = weight.shape
+    rows = x.shape[:-1].numel() // adapters
+    sizes = {"rank": padded_rank(rank), "rows": rows, "adapters": adapters, "width": width, "depth": depth}
+    return Key(NAME, x.dtype, sizes)
+
+
+def unsupported(x: Tensor, weight: Tensor, rank: int, bias: Tensor | None) -> str:
+    """Why the kernels do not take this case; empty where they do."""
+    if rank > MAX_RANK:
+        return f"rank {rank} is above {MAX_RANK}"
+    if not x.numel():
         return "there are no rows"
-    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+    if (weight.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled():
         return "W or its bias learns"
     return ""
 

@@ -1,23 +1,27 @@
 """PEFT's LoRA layers through `bank_lora` with one adapter: no cast of activations, no launch for scale and sum.
 
 A layer keeps its class, parameters and names; only its `forward` is another one, which reads what the layer carries in
-every call and gives back to PEFT's own whatever `bank_lora` cannot express.
+every call and gives back to PEFT's own whatever `bank_lora` cannot express. `project` takes layers of one input, such
+as q, k and v of self-attention, through one launch.
 """
 
 from __future__ import annotations
 
 import types
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lit_kernels.backend import Backend
-from lit_kernels.bank_lora.function import bank_lora
-from lit_kernels.slices import Projection, projection_of
+from lit_kernels import backend as backends
+from lit_kernels.bank_lora.function import NAME, bank_lora, key_of, launched, unsupported
+from lit_kernels.slices import projection_of
+
+Scales = dict[tuple[tuple[float, ...], torch.device], Tensor]
 
 
-def fuse(layer: nn.Module, backend: Backend = "auto") -> None:
+def fuse(layer: nn.Module, backend: backends.Backend = "auto") -> None:
     """Give a PEFT layer around a linear one the fused forward; `unfuse` takes it away."""
     layer.__dict__["_lit_backend"] = backend
     layer.__dict__["_lit_scales"] = {}
@@ -30,12 +34,63 @@ def unfuse(layer: nn.Module) -> None:
         layer.__dict__.pop(name, None)
 
 
+def project(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
+    """What up to three layers make of x `[..., K]`.
+
+    Fused layers of one rank and one width, without a bias, are one launch where the kernels run; others go alone.
+    """
+    found = [(layer, read) for layer in layers if "_lit_backend" in layer.__dict__ and (read := _read(layer, x))]
+    joint = [(layer, read) for layer, read in found if read.bias is None and _takes_kernels(layer, read, x)]
+    if len(joint) < 2 or len({read.up.shape for _, read in joint}) > 1:
+        return [layer(x) for layer in layers]
+    together = _launched(joint[0][0], [read for _, read in joint], x)
+    ys = {id(layer): y for (layer, _), y in zip(joint, together, strict=True)}
+    return [ys[id(layer)] if id(layer) in ys else layer(x) for layer in layers]
+
+
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    found = None if args or kwargs else projection_of(layer)
-    if not isinstance(found, Projection) or found.down is None or found.up is None or found.weight.dtype != x.dtype:
+    read = None if args or kwargs else _read(layer, x)
+    if read is None:
         return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
-    scales: dict[tuple[float, torch.device], Tensor] = layer._lit_scales
-    key = (found.scale, x.device)
+    if _takes_kernels(layer, read, x):
+        return _launched(layer, [read], x)[0]
+    scales = _scales_of(layer, [read], x.device)[0]
+    return bank_lora(x, read.weight, read.down[None], read.up[None], scales, read.bias, layer._lit_backend)
+
+
+class _Read(NamedTuple):
+    weight: Tensor
+    down: Tensor
+    up: Tensor
+    scale: float
+    bias: Tensor | None
+
+
+def _read(layer: Any, x: Tensor) -> _Read | None:
+    """The layer with its factors, if it is one that `bank_lora` can compute."""
+    found = projection_of(layer)
+    if isinstance(found, str) or found.down is None or found.up is None or found.weight.dtype != x.dtype:
+        return None
+    return _Read(found.weight, found.down, found.up, found.scale, found.bias)
+
+
+def _takes_kernels(layer: Any, read: _Read, x: Tensor) -> bool:
+    reason = unsupported(x, read.weight, read.down.shape[0], read.bias)
+    if layer._lit_backend == "auto" and x.dtype not in (torch.float16, torch.bfloat16):
+        reason = reason or f"torch multiplies {x.dtype} as fast"
+    key = None if reason else key_of(x, read.weight, 1, read.down.shape[0])
+    return backends.choose(NAME, layer._lit_backend, x.device, reason, key) == "triton"
+
+
+def _launched(layer: Any, parts: Sequence[_Read], x: Tensor) -> list[Tensor]:
+    weights, downs, ups = ([part[at] for part in parts] for at in (0, 1, 2))
+    return launched(x, weights, downs, ups, _scales_of(layer, parts, x.device), parts[0].bias)  # type: ignore[arg-type]
+
+
+def _scales_of(layer: Any, parts: Sequence[_Read], device: torch.device) -> Tensor:
+    """`[P, 1]`; kept, so that a step copies nothing to the GPU."""
+    scales: Scales = layer._lit_scales
+    key = (tuple(p.scale for p in parts), device)
     if key not in scales:
-        scales[key] = torch.tensor([found.scale], dtype=torch.float32, device=x.device)
-    return bank_lora(x, found.weight, found.down[None], found.up[None], scales[key], found.bias, layer._lit_backend)
+        scales[key] = torch.tensor(key[0], dtype=torch.float32, device=device)[:, None]
+    return scales[key]

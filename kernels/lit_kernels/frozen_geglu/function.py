@@ -38,7 +38,20 @@ def frozen_geglu(projected: Tensor, backend: backends.Backend = "auto") -> Tenso
     if backends.choose(NAME, backend, projected.device, unsupported, key_of(rows)) != "triton":
         return reference.frozen_geglu(projected)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    return torch.ops.lit_kernels.frozen_geglu(rows).view(*projected.shape[:-1], -1)
+    apply = _Directly.apply if backends.launches_directly(rows) else torch.ops.lit_kernels.frozen_geglu
+    return apply(rows).view(*projected.shape[:-1], -1)
+
+
+def _launch(projected: Tensor) -> Tensor:
+    from lit_kernels.frozen_geglu import forward
+
+    return forward.launch(projected)
+
+
+def _launch_backward(projected: Tensor, grad: Tensor) -> Tensor:
+    from lit_kernels.frozen_geglu import backward
+
+    return backward.launch(projected, grad.contiguous())
 
 
 def key_of(projected_MF: Tensor) -> Key:
@@ -48,9 +61,7 @@ def key_of(projected_MF: Tensor) -> Key:
 
 @torch.library.custom_op("lit_kernels::frozen_geglu", mutates_args=())
 def _forward(projected: Tensor) -> Tensor:
-    from lit_kernels.frozen_geglu import forward
-
-    return forward.launch(projected)
+    return _launch(projected)
 
 
 @_forward.register_fake
@@ -60,9 +71,7 @@ def _(projected: Tensor) -> Tensor:
 
 @torch.library.custom_op("lit_kernels::frozen_geglu_backward", mutates_args=())
 def _backward(projected: Tensor, grad: Tensor) -> Tensor:
-    from lit_kernels.frozen_geglu import backward
-
-    return backward.launch(projected, grad.contiguous())
+    return _launch_backward(projected, grad)
 
 
 @_backward.register_fake
@@ -75,7 +84,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient(ctx: Any, grad: Tensor) -> Tensor:
-    return torch.ops.lit_kernels.frozen_geglu_backward(*ctx.saved_tensors, grad)
+    (projected,) = ctx.saved_tensors
+    direct = backends.launches_directly(projected)
+    launch = _launch_backward if direct else torch.ops.lit_kernels.frozen_geglu_backward
+    return launch(projected, grad)  # type: ignore[no-any-return]
 
 
 _forward.register_autograd(_gradient, setup_context=_save)
+_Directly = backends.directly(NAME, _launch, _save, _gradient)

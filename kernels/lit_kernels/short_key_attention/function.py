@@ -87,7 +87,8 @@ def short_key_attention(
         return out, fallback.short_key_map(query_BTC, key_BSC, heads, mask_BS, accumulator(dtype))
     query, key, value = (_in_rows(x) for x in (query_BTC, key_BSC, value_BSC))
     mask = None if mask_BS is None else reference.additive(mask_BS, accumulator(dtype))
-    out = torch.ops.lit_kernels.short_key_attention(query, key, value, mask, heads)
+    apply = _Directly.apply if backends.launches_directly(query) else torch.ops.lit_kernels.short_key_attention
+    out = apply(query, key, value, mask, heads)
     if not want_map:
         return out
     return out, torch.ops.lit_kernels.short_key_map(query.detach(), key.detach(), mask, heads)
@@ -117,11 +118,23 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@torch.library.custom_op("lit_kernels::short_key_attention", mutates_args=())
-def _forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, heads: int) -> Tensor:
+def _launch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, heads: int) -> Tensor:
     from lit_kernels.short_key_attention import forward
 
     return forward.launch(query, key, value, mask, heads)
+
+
+def _launch_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, heads: int
+) -> tuple[Tensor, Tensor]:
+    from lit_kernels.short_key_attention import backward
+
+    return backward.launch(_in_rows(grad), query, key, value, mask, heads)
+
+
+@torch.library.custom_op("lit_kernels::short_key_attention", mutates_args=())
+def _forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, heads: int) -> Tensor:
+    return _launch(query, key, value, mask, heads)
 
 
 @_forward.register_fake
@@ -145,9 +158,7 @@ def _(query: Tensor, key: Tensor, mask: Tensor | None, heads: int) -> Tensor:
 def _backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, heads: int
 ) -> tuple[Tensor, Tensor]:
-    from lit_kernels.short_key_attention import backward
-
-    return backward.launch(_in_rows(grad), query, key, value, mask, heads)
+    return _launch_backward(grad, query, key, value, mask, heads)
 
 
 @_backward.register_fake
@@ -163,11 +174,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    d_query, d_key_value = torch.ops.lit_kernels.short_key_attention_backward(grad, *ctx.saved_tensors, ctx.heads)
+    direct = backends.launches_directly(grad)
+    launch: Any = _launch_backward if direct else torch.ops.lit_kernels.short_key_attention_backward
+    d_query, d_key_value = launch(grad, *ctx.saved_tensors, ctx.heads)
     return d_query, d_key_value[0], d_key_value[1], None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
+_Directly = backends.directly(NAME, _launch, _save, _gradients)
 
 
 def _in_rows(x: Tensor) -> Tensor:

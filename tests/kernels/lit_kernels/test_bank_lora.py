@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_kernels.bank_lora import bank_lora, fallback
+from lit_kernels.bank_lora.function import launched
 
 
 class Case(NamedTuple):
@@ -190,15 +191,76 @@ def test_two_runs_have_the_same_bits(path: str, device: torch.device) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def operands(device: torch.device, learns: bool, bias: bool) -> tuple[Any, ...]:
-    given = inputs(Case(2, 2, 7, 16, 24, 2, bias=bias), torch.float32, device)
-    x, a, b = (given[name].requires_grad_(learns) for name in "xab")
-    return x.detach().flatten(0, 1).requires_grad_(learns), given["w"], a, b, given["scales"], given.get("bias")
+def joint_inputs(parts: int, case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """As `inputs`, with another W, A, B, scale and gradient for each part of one x."""
+    given = inputs(case, dtype, device)
+    g = torch.Generator().manual_seed(2)
+    for name in ("w", "a", "b", "scales", "grad"):
+        first = given[name]
+        others = [torch.randn(first.shape, generator=g).bfloat16().to(device, dtype) for _ in range(parts - 1)]
+        given[name] = [first, *others]
+    return given
 
 
-@pytest.mark.parametrize(("learns", "bias"), [(False, True), (True, False)])
-def test_torch_knows_the_operator(learns: bool, bias: bool, device: torch.device) -> None:
-    torch.library.opcheck(torch.ops.lit_kernels.bank_lora, operands(device, learns, bias))
+def run_joint(given: dict[str, Any], path: str, unused: int | None = None) -> dict[str, Tensor]:
+    """As `run`, of all parts; the result of part `unused` is not used."""
+    x, parts = given["x"].detach().requires_grad_(), range(len(given["w"]))
+    downs, ups = ([factor.detach().requires_grad_() for factor in given[name]] for name in "ab")
+    if path == "joint":
+        ys = launched(x, given["w"], downs, ups, torch.stack(given["scales"]))
+    else:
+        ys = [bank_lora(x, given["w"][p], downs[p], ups[p], given["scales"][p], None, path) for p in parts]  # type: ignore[arg-type]
+    used = [p for p in parts if p != unused]
+    torch.autograd.backward([ys[p] for p in used], [given["grad"][p] for p in used])
+    found = {"dx": x.grad} | {f"y{p}": ys[p].detach() for p in used}
+    return found | {f"d{n}{p}": factors[p].grad for n, factors in (("a", downs), ("b", ups)) for p in used}
+
+
+JOINT = [(2, Case(1, 3, 200, 40, 36, 4)), (3, Case(2, 2, 77, 33, 140, 7)), (3, Case(1, 2, 5, 24, 20, 20))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("parts", "case"), JOINT, ids=str)
+def test_layers_of_one_input_are_parts_of_one_launch(
+    parts: int, case: Case, dtype: torch.dtype, device: torch.device, agree: Callable[..., None]
+) -> None:
+    given = joint_inputs(parts, case, dtype, device)
+    double = {
+        n: [v.double() for v in value] if isinstance(value, list) else value.double() for n, value in given.items()
+    }
+    found, true = run_joint(given, "joint"), run_joint(double, "reference")
+    assert found.keys() == true.keys()
+    if dtype == torch.float64:
+        torch.testing.assert_close(found, true, rtol=1e-11, atol=1e-11)
+    else:
+        agree(found, run_joint(given, "reference"), true)
+
+
+def test_a_part_that_is_not_used_adds_nothing(device: torch.device) -> None:
+    given = joint_inputs(3, Case(1, 2, 9, 20, 24, 3), torch.float64, device)
+    torch.testing.assert_close(run_joint(given, "joint", unused=1), run_joint(given, "reference", unused=1))
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_traced_graph_computes_the_same_through_the_registered_operator(parts: int, device: torch.device) -> None:
+    given = joint_inputs(parts, Case(1, 2, 7, 16, 24, 2), torch.float16, device)
+    expected = run_joint(given, "joint")
+    found = torch.compile(run_joint, backend="aot_eager")(given, "joint")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def operands(device: torch.device, learns: bool, bias: bool, parts: int) -> tuple[Any, ...]:
+    given = joint_inputs(parts, Case(2, 2, 7, 16, 24, 2, bias=bias), torch.float32, device)
+    none = [None] * (3 - parts)
+    x, downs, ups = given["x"], given["a"], given["b"]
+    for tensor in (x, *downs, *ups):
+        tensor.requires_grad_(learns)
+    return x, torch.stack(given["scales"]), given.get("bias"), *given["w"], *none, *downs, *none, *ups, *none
+
+
+@pytest.mark.parametrize(("learns", "bias", "parts"), [(False, True, 1), (True, False, 1), (True, False, 3)])
+def test_torch_knows_the_operator(learns: bool, bias: bool, parts: int, device: torch.device) -> None:
+    torch.library.opcheck(torch.ops.lit_kernels.bank_lora, operands(device, learns, bias, parts))
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -184,6 +184,49 @@ def test_all_kernels_at_once(unet: Any) -> None:
     assert calls.of["lit_kernels::frozen_geglu"] == 7 and calls.of["lit_kernels::frozen_geglu_backward"] == 5
 
 
+@pytest.mark.parametrize("parts", [("to_q", "to_k", "to_v"), ("to_q", "to_v"), ("to_k",)])
+def test_q_k_and_v_of_self_attention_are_one_launch(unet: Any, parts: tuple[str, ...]) -> None:
+    attention = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    lora(unet, targets=tuple(f"{attention}.{part}" for part in parts))
+    expected = step(unet)
+    lit_kernels.patch(unet, ["bank_lora"], "triton")
+    with Calls() as calls:
+        assert_same(step(unet), expected)
+    assert calls.of["lit_kernels::bank_lora"] == calls.of["lit_kernels::bank_lora_backward"] == 1
+    assert_same(step(unet), expected)  # and where nobody counts: launched without the registered operator
+    lit_kernels.unpatch(unet)
+    with Calls() as calls:
+        step(unet)
+    assert not calls.of["lit_kernels::bank_lora"]
+
+
+def test_nothing_is_divided_by_one(unet: Any) -> None:
+    lora(unet, targets=("attn2.to_v",))
+    expected = step(unet)
+    counts = []
+    for change in (None, lambda: lit_kernels.patch(unet, []), lambda: lit_kernels.unpatch(unet)):
+        if change is not None:
+            change()
+        with Calls() as calls:
+            found = step(unet)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        counts.append(calls.of["aten::div"])
+    blocks = sum(type(module).__name__ == "ResnetBlock2D" for module in unet.modules())
+    layers = sum(type(module).__name__ == "Attention" for module in unet.modules())
+    assert counts[0] == counts[2] > blocks + layers
+    assert counts[1] < 5, "of the loss and of the time's frequencies"
+
+
+def test_layers_of_other_ranks_go_alone(unet: Any) -> None:
+    attention = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    lora(unet, targets=(f"{attention}.to_q", f"{attention}.to_k", f"{attention}.to_v"), rank_pattern={"to_k": 5})
+    expected = step(unet)
+    lit_kernels.patch(unet, ["bank_lora"], "triton")
+    with Calls() as calls:
+        assert_same(step(unet), expected)
+    assert calls.of["lit_kernels::bank_lora"] == 3
+
+
 def test_switching_adapters_moves_no_weight(unet: Any) -> None:
     """LoRA on V alone: with and without it, all K and V stay where they were laid, and nothing is copied again."""
     lora(unet, targets=("attn2.to_v",))
