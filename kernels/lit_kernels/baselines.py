@@ -1,4 +1,4 @@
-"""What operators are measured against: the same results and gradients, as others compute them, from a case's own inputs.
+"""What operators are measured against: the same results and gradients, as others compute them, of a case's own inputs.
 
 * "peft autocast": PEFT's layers with fp32 factors beside a frozen model in bf16, under autocast: what diffusers'
   training scripts do. "peft casts off": factors in the model's dtype and no autocast, so that nothing is cast.
@@ -119,8 +119,8 @@ def _plain_text_kv(given: Given) -> tuple[Callable[[], Any], list[Tensor]]:
     text, downs, ups = given["text"], list(given["downs"]), list(given["ups"])
 
     def run() -> list[Tensor]:
-        low = [[factor.to(text.dtype) for factor in factors] for factors in (downs, ups)]
-        return text_kv.text_key_values(text, given["weights"], *low, given["scales"])
+        low_downs, low_ups = ([factor.to(text.dtype) for factor in factors] for factors in (downs, ups))
+        return text_kv.text_key_values(text, given["weights"], low_downs, low_ups, given["scales"])
 
     return run, downs + ups
 
@@ -154,8 +154,9 @@ def _plain_bank_lora(given: Given) -> tuple[Callable[[], Any], list[Tensor]]:
     x, downs, ups = given["x"], given["downs"], given["ups"]
 
     def run() -> Tensor:
-        low = (factors.to(x.dtype) for factors in (downs, ups))
-        return bank_lora.bank_lora(x.flatten(0, 1), given["weight"], *low, given["scales"]).unflatten(0, x.shape[:2])
+        low_downs, low_ups = downs.to(x.dtype), ups.to(x.dtype)
+        y = bank_lora.bank_lora(x.flatten(0, 1), given["weight"], low_downs, low_ups, given["scales"])
+        return y.unflatten(0, x.shape[:2])
 
     return run, [x, downs, ups]
 
@@ -163,12 +164,12 @@ def _plain_bank_lora(given: Given) -> tuple[Callable[[], Any], list[Tensor]]:
 def _short_keys(given: Given) -> dict[str, Callable[[], Baseline]]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    tensors = [given["query"], given["key"], given["value"]]
+    query, key, value = tensors = [given["query"], given["key"], given["value"]]
 
     def by(backend: SDPBackend) -> Baseline:
         def run() -> Tensor:
             with sdpa_kernel([backend]):
-                return short_keys.short_key_attention(*tensors, given["heads"])
+                return short_keys.short_key_attention(query, key, value, given["heads"])
 
         return Baseline(run, tensors)
 
@@ -210,8 +211,9 @@ def _absorbed(given: Given) -> dict[str, Callable[[], Baseline]]:
 def _plain_absorbed(given: Given) -> tuple[Callable[[], Any], list[Tensor]]:
     def run() -> Tensor:
         query, keys, values = given["x"] @ given["query_weight"].T, given["key"], given["value"]
-        heads = (by_heads(states, given["heads"]) for states in (query, keys, values))
-        return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2) @ given["out_weight"].T
+        query, keys, values = (by_heads(states, given["heads"]) for states in (query, keys, values))
+        out = F.scaled_dot_product_attention(query, keys, values)
+        return out.transpose(1, 2).flatten(2) @ given["out_weight"].T
 
     return run, []
 
@@ -238,13 +240,13 @@ def _adamw(given: Given) -> dict[str, Callable[[], Baseline]]:
 
 
 def _plain_adamw(given: Given) -> tuple[Callable[[], Any], list[Tensor]]:
-    changed = [given[name].clone() for name in ("weight", "first", "second")]
+    weight, first, second = (given[name].clone() for name in ("weight", "first", "second"))
     step, shadow = given["step"].clone(), given["shadow"].clone()
-    rows = [torch.full_like(changed[0][:, 0], given[name]) for name in ("lr", "decay", "norm")]
+    lr, decay, norm = (torch.full_like(weight[:, 0], given[name]) for name in ("lr", "decay", "norm"))
 
     def run() -> list[Tensor]:
-        adamw.bank_adamw(*changed, given["grad"], *rows[:2], step, rows[2], (0.9, 0.999), 1e-8, shadow)
-        return list(changed[0])
+        adamw.bank_adamw(weight, first, second, given["grad"], lr, decay, step, norm, (0.9, 0.999), 1e-8, shadow)
+        return list(weight)
 
     return run, []
 

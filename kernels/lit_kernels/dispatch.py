@@ -3,8 +3,8 @@
 A table is a JSON file named after its GPU, `NVIDIA-H200.json` for an "NVIDIA H200". It is looked for in the folder that
 `LIT_KERNELS_TABLES` names, then among those that the package brings along. `litp profile kernels --tune` writes it.
 
-A case is an operator, a dtype and sizes in the operator's own words. Sizes that choose what is compiled (`SAME`) must be
-those of the entry; any other goes to the nearest one of the table, by ratio, and the nearest entry to them all is taken.
+A case is an operator, a dtype and sizes in the operator's own words. Sizes that choose what is compiled (`SAME`) must
+be those of the entry; any other goes to the nearest one of the table, by ratio, and the nearest entry to them is taken.
 Without a table or such an entry a case takes the kernels with their default tiles: an unknown GPU is no error.
 
 Lookups are cached. `torch.compile` traces them: it asks on which side of a few limits a size lies, and only where the

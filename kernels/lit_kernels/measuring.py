@@ -92,7 +92,7 @@ class Row:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Time of each baseline that has one / time of the kernels; "best SDPA" is the fastest of torch's attentions."""
+        """Time of each baseline that has one / time of the kernels; "best SDPA" is the fastest of torch's own."""
         if self.time_us is None:
             return {}
         found = {name: time / self.time_us for name, time in self.baselines.items() if not isinstance(time, str)}
@@ -152,17 +152,19 @@ def measure(chosen: Sequence[Case], device: torch.device | None) -> Iterator[Row
 def times_of(case: Case, device: torch.device, bench: Bench) -> dict[str, dict[str, float] | str]:
     """Time of each pass of "triton", "fallback" and every baseline, by name; or why there is none."""
     built = case.build(device)
+    ours = ("triton", "fallback")
     ways: dict[str, Callable[[], Baseline]] = {
         backend: functools.partial(Baseline, functools.partial(built.run, backend), built.learning)
-        for backend in ("triton", "fallback")
+        for backend in ours
     }
-    in_a_graph = functools.partial(Baseline, functools.partial(built.run, "triton"), built.learning, graphed=True)
+    ways |= baselines_of(case.operator, built.given)
+    ways["ours in a graph"] = functools.partial(Baseline, functools.partial(built.run, "triton"), built.learning, graphed=True)
     found: dict[str, dict[str, float] | str] = {}
-    for name, make in {**ways, **baselines_of(case.operator, built.given), "ours in a graph": in_a_graph}.items():
+    for name, make in ways.items():
         try:
             found[name] = passes_of(make(), bench)
         except Exception as error:  # noqa: BLE001 - what cannot run here leaves the others; it is written down
-            if name in ways:
+            if name in ours:
                 raise
             found[name] = f"{type(error).__name__}: {str(error)[:200]}"
     return found
@@ -247,10 +249,9 @@ def _absorbed(model: str, width: int, heads: int, tokens: int, batch: int, dtype
     def build(device: torch.device) -> Built:
         x = _draw(device, batch, tokens, width, dtype=dtype, learns=False)
         key, value = (_draw(device, batch, TOKENS, width, dtype=dtype, learns=False) for _ in range(2))
-        weights = [_draw(device, width, width, dtype=dtype, learns=False) / width**0.5 for _ in range(2)]
-        absorbed = absorb(key, value, *weights, heads)
-        given = {"x": x, "key": key, "value": value, "heads": heads}
-        given |= dict(zip(("query_weight", "out_weight"), weights, strict=True))
+        w_q, w_o = (_draw(device, width, width, dtype=dtype, learns=False) / width**0.5 for _ in range(2))
+        absorbed = absorb(key, value, w_q, w_o, heads)
+        given = {"x": x, "key": key, "value": value, "heads": heads, "query_weight": w_q, "out_weight": w_o}
         return Built(lambda backend: absorbed_attention(x, absorbed, backend), [], given)
 
     image, text = dtype.itemsize * batch * tokens * width, dtype.itemsize * batch * heads * TOKENS * width

@@ -94,7 +94,9 @@ def shipped() -> list[Shipped]:
     sizes = dict.fromkeys(("rows", "depth", "key_count", "heads", "x_stride", "x_prompt"), "i32")
     made = []
     for config in (config for keys in (77, 128) for config in tiles_for(1, keys, torch.bfloat16)):
-        constants = {"FIRST": FIRST, "TAIL": config.columns - FIRST, "BM": config.rows, "BK": config.depth, "ACC": tl.float32}
+        constants = {
+            "FIRST": FIRST, "TAIL": config.columns - FIRST, "BM": config.rows, "BK": config.depth, "ACC": tl.float32
+        }  # fmt: skip
         signature = {**pointers, **sizes, **dict.fromkeys(constants, "constexpr")}
         label = f"{config.rows}x{config.columns}x{config.depth}"
         divisible = (*pointers, "depth", "x_stride", "x_prompt")

@@ -191,7 +191,7 @@ _Directly = backends.directly(NAME, _launch, _save, _gradients)
 
 
 def key_of(x: Tensor, weight: Tensor, adapters: int, rank: int) -> Key:
-    """What tables know a layer by; `rows` are those of one adapter, and layers in one launch are looked up one by one."""
+    """What tables know a layer by; `rows` are one adapter's, and layers in one launch are looked up one by one."""
     width, depth = weight.shape
     rows = x.shape[:-1].numel() // adapters
     sizes = {"rank": padded_rank(rank), "rows": rows, "adapters": adapters, "width": width, "depth": depth}

@@ -12,8 +12,8 @@ from lit_kernels.frozen_geglu.function import key_of
 from lit_kernels.tiles import Config, accumulator
 
 TILES = (Config(4, 256, 0, 4, 3), Config(8, 256, 0, 4, 3))
-"""Tiles, the default first; there a warp has one row and a thread 8 neighbours, 16 bytes in bf16. 256 divides every F of
-SD and SDXL."""
+"""Tiles, the default first; there a warp has one row and a thread 8 neighbours, 16 bytes in bf16. 256 divides every F
+of SD and SDXL."""
 
 
 @triton.jit

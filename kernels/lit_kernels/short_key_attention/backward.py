@@ -34,8 +34,8 @@ from lit_kernels.tiles import accumulator as sums_in
 PROGRAMS = (132, 264, 528)
 """Programs that are wanted at least: one for each multiprocessor of an H100, unless a table says more for this GPU.
 
-This is what a tile's place is taken by here: more ranges even out the last wave of programs, and leave more sums to add.
-The number is the same for a GPU of one name, and so are sums."""
+This is what stands for a tile here: more ranges even out the last wave of programs, and leave more sums to add. The
+number is the same for a GPU of one name, and so are sums."""
 TILE = 32
 LAUNCHES = {
     BLOCKS[48]: (("qkv", Config(TILE)),),
