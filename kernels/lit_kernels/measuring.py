@@ -158,7 +158,8 @@ def times_of(case: Case, device: torch.device, bench: Bench) -> dict[str, dict[s
         for backend in ours
     }
     ways |= baselines_of(case.operator, built.given)
-    ways["ours in a graph"] = functools.partial(Baseline, functools.partial(built.run, "triton"), built.learning, graphed=True)
+    run = functools.partial(built.run, "triton")
+    ways["ours in a graph"] = functools.partial(Baseline, run, built.learning, graphed=True)
     found: dict[str, dict[str, float] | str] = {}
     for name, make in ways.items():
         try:

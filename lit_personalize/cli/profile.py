@@ -35,9 +35,9 @@ def main(arguments: list[str]) -> int:
         help="bytes, FLOPs, time and share of the limit of every operator at real sizes",
         description="Show what every operator moves and computes at the sizes of SD1.5@512 and SDXL@1024, and the "
         "limit that this sets (modelled); on an NVIDIA GPU also its time, forward and backward, beside plain torch "
-        "and what others compute it with. With --out, kernels.json and a roofline picture kernels.png. With --tune, measure "
-        "instead which path and which tile is fastest on this GPU, and write the table that kernels are chosen by; "
-        "what is there is kept, so the same command goes on.",
+        "and what others compute it with. With --out, kernels.json and a roofline picture kernels.png. With --tune, "
+        "measure instead which path and which tile is fastest on this GPU, and write the table that kernels are chosen "
+        "by; what is there is kept, so the same command goes on.",
     )
     kernels.add_argument("--batch", type=int, help="pictures in a batch (default: 1; with --tune 1, 2, 4, 8 and 16)")
     kernels.add_argument("--tune", action="store_true", help="measure this GPU's table instead; needs the GPU")
