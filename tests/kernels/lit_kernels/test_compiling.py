@@ -29,7 +29,7 @@ def test_every_form_compiles_to_what_is_recorded(tmp_path: Path) -> None:
 
 
 def test_the_tightest_forms_compile_in_fp16_too() -> None:
-    """On sm_80, those of which one more register would spill in bf16; `results` has all forms."""
+    """On sm_80, of each kernel the form that leaves no register free in bf16; `--dtype fp16` compiles all forms."""
     recorded = json.loads(sorted(RESULTS.glob("compile-triton-*.json"))[-1].read_text())["kernels"]
     tight = [(k["name"], k["config"]) for k in recorded if k["arch"] == "sm_80" and k["registers"] == 255]
     chosen = [(form.name, form.config) for form in shipped()]
@@ -48,15 +48,10 @@ def test_the_tightest_forms_compile_in_fp16_too() -> None:
     assert [json.loads(line) for line in done.stdout.splitlines()] == [[name, []] for name in one_each], done.stderr
 
 
-def test_fp16_is_recorded() -> None:
-    """Every form, each a form of its own to the compiler."""
-    for file in sorted(RESULTS.glob("compile-fp16-triton-*.json")) or [RESULTS / "compile-fp16-triton-VERSION.json"]:
-        kernels = json.loads(file.read_text())["kernels"]
-        assert {(k["name"], k["config"]) for k in kernels} == {(f.name, f.config) for f in shipped()}
-        assert not any(k["spills"] or k["faults"] for k in kernels)
+def test_a_form_in_fp16_is_another_form() -> None:
     form = next(iter(shipped(["text_kv"])))
     assert form.signature["x"] == "*bf16" and form.of("fp16").signature["x"] == "*fp16"
-    assert form.of("fp16").signature["down"] == "*fp32"
+    assert form.of("fp16").signature["down"] == "*fp32" and form.of("bf16") == form
 
 
 def test_results_of_some_compiler_are_recorded() -> None:
