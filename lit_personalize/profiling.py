@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 from lit_personalize import atomic
 from lit_personalize.configuration import instantiate, parse
 from lit_personalize.fitting import name_initial_words, prepare_data, quiet_lightning
+from lit_personalize.ranks import is_rank_zero
 from lit_personalize.run_directory import RunDirectory
 
 ROWS = 12
@@ -31,6 +32,7 @@ def profile_step(arguments: Sequence[str], steps: int = 10) -> tuple[dict[str, A
     Raises:
         UsageError: The configuration.
         DataError: An input.
+        KeyboardInterrupt: Nothing is written then.
     """
     from lit_callbacks.step_profile import StepProfile
 
@@ -42,17 +44,24 @@ def profile_step(arguments: Sequence[str], steps: int = 10) -> tuple[dict[str, A
         name_initial_words(built)
         prepare_data(built, run)
         quiet_lightning()
-        watcher = StepProfile(folder / "trace.json.gz", timed=steps)
+        watcher = StepProfile((folder if is_rank_zero() else Path(scratch)) / "trace.json.gz", timed=steps)
         options = dict(vars(built.trainer)) | {
             "callbacks": [watcher], "logger": False, "max_steps": watcher.steps * built.trainer.accumulate_grad_batches,
             "max_epochs": -1, "max_time": None, "limit_val_batches": 0, "enable_progress_bar": False,
             "enable_model_summary": False, "enable_checkpointing": False, "default_root_dir": scratch,
         }  # fmt: skip
-        pl.Trainer(**options).fit(built.model, datamodule=built.data)
+        trainer = pl.Trainer(**options)
+        try:
+            trainer.fit(built.model, datamodule=built.data)
+        except SystemExit as exit_:  # Lightning turns Ctrl-C into an exit of its own
+            if trainer.interrupted:
+                raise KeyboardInterrupt("nothing was written") from exit_
+            raise
     report = {"run": config.name, "kernels": built.model.kernels, **watcher.report}
-    atomic.write_text(folder / "step.json", json.dumps(report, indent=1) + "\n")
-    with atomic.replacing(folder / "step.png") as temporary:
-        draw(report, temporary)
+    if is_rank_zero():
+        atomic.write_text(folder / "step.json", json.dumps(report, indent=1) + "\n")
+        with atomic.replacing(folder / "step.png") as temporary:
+            draw(report, temporary)
     return report, folder
 
 

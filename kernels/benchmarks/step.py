@@ -10,7 +10,8 @@ Weights and inputs are random; a step is forward, backward and AdamW of LoRA fac
 * graph: casts_off with forward and backward in one CUDA graph.
 * kernels, kernels_graph, kernels_compiled_blocks: `lit_kernels.patch`, fp32 factors, no autocast.
 
-Ways take turns, so that a slower clock meets all of them. One JSON file for each (size, targets, batch), left alone if
+Each way is measured with stock beside it, in turn, so that a slower clock meets both and their ratio is of one run, and
+no more than two UNets are in memory. One JSON file for each (size, targets, batch), left alone if
 it is there: the same command goes on. `--size tiny` runs on a CPU, as a check of this file.
 """
 
@@ -144,6 +145,21 @@ def measure(ways: dict[str, Callable[[], None]], steps: int, device: torch.devic
     }
 
 
+def beside_stock(
+    way: str, size: str, targets: str, batch: int, steps: int, device: torch.device
+) -> dict[str, float | None]:
+    """Figures of a way, with the milliseconds of stock that took turns with it; both are gone afterwards."""
+    ready, peak = {}, None
+    for name in dict.fromkeys(("stock", way)):
+        ready[name] = prepare(name, size, targets, batch, device)
+        ready[name]()
+        peak = peak_of(ready[name], device)
+    times = measure(ready, steps, device)
+    ready.clear()
+    torch.compiler.reset()
+    return {**times[way], "stock_ms": times["stock"]["ms"], "peak_gb": peak}
+
+
 def peak_of(step: Callable[[], None], device: torch.device) -> float | None:
     """Gigabytes at most allocated in a step beyond what was there before it; None on a CPU."""
     if device.type != "cuda":
@@ -179,21 +195,18 @@ def main() -> int:
         print("a step at real size needs a GPU; --size tiny checks this file on a CPU", file=sys.stderr)
         return 2
     usual = WAYS if device.type == "cuda" else ("stock", "casts_off", "kernels")
-    ready, peaks, failed = {}, {}, {}
+    found: dict[str, dict[str, float | None]] = {}
+    failed = {}
     for way in given.ways or usual:
         try:
-            ready[way] = prepare(way, given.size, given.targets, given.batch, device)
-            ready[way]()
-            peaks[way] = peak_of(ready[way], device)
+            found[way] = beside_stock(way, given.size, given.targets, given.batch, given.steps, device)
         except Exception as error:  # noqa: BLE001 - one way that cannot run here leaves the others; it is written down
-            ready.pop(way, None)
             failed[way] = f"{type(error).__name__}: {str(error)[:300]}"
             print(f"{way}: {failed[way]}", file=sys.stderr)
-    found = measure(ready, given.steps, device)
-    for way, figures in found.items():
-        peak = peaks[way]
-        print(f"{way:24} {figures['ms']:9.2f} ms {figures['cpu_ms']:9.2f} ms of the CPU", end="")
-        print("" if peak is None else f" {peak:8.2f} GB")
+            continue
+        line = f"{way:24} {found[way]['ms']:9.2f} ms, stock {found[way]['stock_ms']:9.2f} ms"
+        peak = found[way]["peak_gb"]
+        print(f"{line}, {found[way]['cpu_ms']:9.2f} ms of the CPU" + ("" if peak is None else f" {peak:8.2f} GB"))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     report = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
@@ -201,8 +214,7 @@ def main() -> int:
         "commit": commit.stdout.strip(),
         "torch": torch.__version__,
         "size": given.size, "targets": given.targets, "batch": given.batch, "steps": given.steps,
-        "ways": {way: {**figures, "peak_gb": peaks[way]} for way, figures in found.items()},
-        "failed": failed,
+        "ways": found, "failed": failed,
     }  # fmt: skip
     given.out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")

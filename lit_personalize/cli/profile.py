@@ -97,10 +97,13 @@ def _kernels(options: argparse.Namespace) -> int:
 
 def _step(options: argparse.Namespace, rest: list[str]) -> int:
     from lit_personalize.profiling import profile_step, table
+    from lit_personalize.ranks import is_rank_zero
 
     if options.steps < 2:
         raise UsageError(f"--steps must be at least 2, not {options.steps}")
     report, folder = profile_step(rest, options.steps)
+    if not is_rank_zero():
+        return 0
     if options.json:
         emit(report, True)
     else:

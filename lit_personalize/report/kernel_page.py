@@ -84,7 +84,6 @@ def _compiles(report: dict[str, Any]) -> str:
 
 
 def _step(report: dict[str, Any]) -> str:
-    stock = report["ways"].get("stock", {}).get("ms")
     lines = [
         f"{MODELS.get(report['size'], report['size'])}, LoRA on {TRAINED[report['targets']]}, batch {report['batch']}: "
         f"{report['device']}, torch {report['torch']}, {report['date']}, commit {report['commit'][:7]}",
@@ -93,7 +92,7 @@ def _step(report: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for way, figures in report["ways"].items():
-        ratio = f"{stock / figures['ms']:.2f}" if stock else ""
+        ratio = f"{figures['stock_ms'] / figures['ms']:.2f}"
         peak = "" if figures["peak_gb"] is None else f"{figures['peak_gb']:.2f}"
         lines.append(f"| {way} | {figures['ms']:.2f} | {figures['cpu_ms']:.2f} | {peak} | {ratio} |")
     lines += [f"| {way} | failed: {reason} | | | |" for way, reason in report["failed"].items()]

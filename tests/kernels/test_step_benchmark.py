@@ -26,7 +26,7 @@ def test_ways_are_measured_side_by_side_and_once(tmp_path: Path) -> None:
     path = tmp_path / "step-tiny-attention-batch1.json"
     report = json.loads(path.read_text())
     assert list(report["ways"]) == ["stock", "kernels"] and not report["failed"]
-    assert all(way["ms"] >= way["cpu_ms"] > 0 for way in report["ways"].values())
+    assert all(way["ms"] >= way["cpu_ms"] > 0 and way["stock_ms"] > 0 for way in report["ways"].values())
     before = path.read_bytes()
     assert "is there" in run(*given).stdout and path.read_bytes() == before
 

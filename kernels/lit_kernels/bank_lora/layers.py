@@ -39,13 +39,15 @@ def project(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
 
     Fused layers of one rank and one width, without a bias, are one launch where the kernels run; others go alone.
     """
-    found = [(layer, read) for layer in layers if "_lit_backend" in layer.__dict__ and (read := _read(layer, x))]
-    joint = [(layer, read) for layer, read in found if read.bias is None and _takes_kernels(layer, read, x)]
-    if len(joint) < 2 or len({read.up.shape for _, read in joint}) > 1:
+    joint: dict[int, _Read] = {}
+    for number, layer in enumerate(layers):
+        read = _read(layer, x) if "_lit_backend" in layer.__dict__ else None
+        if read is not None and read.bias is None and _takes_kernels(layer, read, x):
+            joint[number] = read
+    if len(joint) < 2 or len({read.up.shape for read in joint.values()}) > 1:
         return [layer(x) for layer in layers]
-    together = _launched(joint[0][0], [read for _, read in joint], x)
-    ys = {id(layer): y for (layer, _), y in zip(joint, together, strict=True)}
-    return [ys[id(layer)] if id(layer) in ys else layer(x) for layer in layers]
+    ys = dict(zip(joint, _launched(layers[next(iter(joint))], list(joint.values()), x), strict=True))
+    return [ys[number] if number in ys else layer(x) for number, layer in enumerate(layers)]
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

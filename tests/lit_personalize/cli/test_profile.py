@@ -74,7 +74,9 @@ def test_a_kernels_time_counts_once() -> None:
     assert [row["name"] for row in operators_of(events, 2, cuda=False)[0]] == ["aten::add", "aten::mm"]
 
 
-def profile(workplace: Path, base: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+def profile(
+    workplace: Path, base: Path, capsys: pytest.CaptureFixture[str], *options: str, ends: int = 0
+) -> dict[str, Any]:
     config = {
         "name": "cat",
         "model": {"class_path": "Denoising", "init_args": {"base": str(base), "adapters": [{"class_path": "LoRA"}]}},
@@ -89,9 +91,22 @@ def profile(workplace: Path, base: Path, capsys: pytest.CaptureFixture[str], *op
         "trainer": {"max_steps": 500, "accelerator": "cpu", "devices": 1},
     }
     (workplace / "run.yaml").write_text(json.dumps(config))
-    assert main(["profile", "step", "--steps", "3", "--json", "-c", "run.yaml", *options]) == 0
-    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert main(["profile", "step", "--steps", "3", "--json", "-c", "run.yaml", *options]) == ends
+    report: dict[str, Any] = json.loads(capsys.readouterr().out or "{}")
     return report
+
+
+def test_an_interrupted_profile_writes_nothing(
+    workplace: Path, tiny_bases: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C has its own exit code; Lightning would end the process with 1."""
+
+    def stopped(self: Any, *arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lit_callbacks.step_profile.StepProfile.on_train_batch_start", stopped)
+    assert profile(workplace, tiny_bases["sd1"], capsys, ends=130) == {}
+    assert not list(workplace.rglob("step.*"))
 
 
 @pytest.mark.parametrize(
