@@ -29,7 +29,7 @@ def test_every_form_compiles_to_what_is_recorded(tmp_path: Path) -> None:
 
 
 def test_the_tightest_forms_compile_in_fp16_too() -> None:
-    """On sm_80, of each kernel the form that leaves no register free in bf16; `--dtype fp16` compiles all forms."""
+    """On sm_80, of each kernel the form that leaves no register free in bf16; `results` has all of them."""
     recorded = json.loads(sorted(RESULTS.glob("compile-triton-*.json"))[-1].read_text())["kernels"]
     tight = [(k["name"], k["config"]) for k in recorded if k["arch"] == "sm_80" and k["registers"] == 255]
     chosen = [(form.name, form.config) for form in shipped()]
@@ -54,8 +54,9 @@ def test_a_form_in_fp16_is_another_form() -> None:
     assert form.of("fp16").signature["down"] == "*fp32" and form.of("bf16") == form
 
 
-def test_results_of_some_compiler_are_recorded() -> None:
-    files = sorted(RESULTS.glob("compile-triton-*.json"))
+@pytest.mark.parametrize("dtype", ["", "fp16-"])
+def test_results_of_some_compiler_are_recorded(dtype: str) -> None:
+    files = sorted(RESULTS.glob(f"compile-{dtype}triton-*.json"))
     assert files
     for file in files:
         kernels = json.loads(file.read_text())["kernels"]
