@@ -4,8 +4,9 @@
 #   kernels/benchmarks/gpu_suite.sh [PIECE...]      all pieces, or these: tests compile tune kernels sd15 sdxl
 #
 # Results go to kernels/benchmarks/results/GPU-NAME/, and the table that kernels are chosen by to LIT_KERNELS_TABLES, or
-# to kernels/lit_kernels/tables/GPU-NAME.json, from where later pieces take it: commit it with the results. What is there is not measured again: the same command goes on after
-# an interruption, and a piece can be run by itself where time is short. PYTHON names the interpreter.
+# to kernels/lit_kernels/tables/GPU-NAME.json, from where later pieces take it: commit it with the results. What is there
+# is not measured again: the same command goes on after an interruption, and a piece can be run by itself where time is
+# short. PYTHON names the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python}
@@ -28,8 +29,8 @@ piece() {
     compile) "$PYTHON" -m lit_personalize profile compile --out "$out" ;;
     tune)
       # A batch has 26 cases, and the bank's two come once: 2 of text_kv with 5 + 3 tiles, 6 of short_key_attention with 1
-      # or 2 + 3, 6 of frozen_geglu with 2 + 2, 6 of absorbed_attention with 3, 6 of bank_lora with one. With both paths at
-      # the end that is 138 do_bench of some 0.3 s: about a minute a batch, and forms are compiled once, in the first.
+      # or 2 + 3, 6 of frozen_geglu with 2 + 2, 6 of absorbed_attention with 3, 6 of bank_lora with 2 + 2. With both paths
+      # at the end that is some 160 do_bench of some 0.3 s: about a minute a batch, and forms are compiled once, in the first.
       for batch in 1 2 4 8 16; do
         "$PYTHON" -m lit_personalize profile kernels --tune --batch "$batch"
       done

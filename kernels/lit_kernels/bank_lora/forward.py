@@ -13,6 +13,7 @@ Its tiles depend on the rows of one adapter, never on G: an adapter has the same
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -21,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lit_kernels import dispatch
+from lit_kernels.bank_lora.function import key_of
 from lit_kernels.compiling import Shipped
 from lit_kernels.tiles import Config, accumulator, one_of, padded
 
@@ -28,6 +31,8 @@ MAX_RANK = 64
 MAX_RANK_INSIDE = 16
 """Higher ranks have their side product computed before: inside, every tile of columns would compute it again."""
 MAX_PARTS = 3
+ENOUGH_PROGRAMS = 108
+"""One for each multiprocessor of an A100; an H200 has 132."""
 
 
 @triton.jit
@@ -111,9 +116,15 @@ def bank_lora_product(
     tl.store(y_at, acc.to(cd), mask=in_rows[:, None] & in_columns[None, :])
 
 
-def config_for(dtype: torch.dtype) -> Config:
-    """The tile: one for all sizes, 64 bytes deep."""
-    return Config(128, 128, max(16, 64 // dtype.itemsize), 8, 4)
+def tiles_for(dtype: torch.dtype, rows_each: int, columns: int) -> tuple[Config, ...]:
+    """The tiles, 64 bytes deep, the default first: the large one where it gives a GPU enough programs.
+
+    How many adapters there are does not matter, so that each has the same bits in a bank and alone.
+    """
+    depth = max(16, 64 // dtype.itemsize)
+    large, small = Config(128, 128, depth, 8, 4), Config(64, 64, depth, 4, 4)
+    programs = triton.cdiv(rows_each, large.rows) * triton.cdiv(columns, large.columns)
+    return (large, small) if programs >= ENOUGH_PROGRAMS else (small, large)
 
 
 def launch_product(
@@ -128,7 +139,9 @@ def launch_product(
     parts, adapters = scales_PG.shape
     (*leading, depth), rank = rows[0].shape, downs[0].shape[-2 if forward else -1]
     m = math.prod(leading)
-    config = config_for(rows[0].dtype)
+    key = key_of(rows[0].dtype, m // adapters, weights[0], 1, rank)
+    offered = tiles_for(rows[0].dtype, m // adapters, width * (parts if forward else 1))
+    config = dispatch.tile(key, "forward" if forward else "backward", rows[0].device, offered)
     row_tiles, column_tiles = triton.cdiv(m // adapters, config.rows), max(1, triton.cdiv(width, config.columns))
     given = rank > MAX_RANK_INSIDE
     s = rows[0].new_empty((parts, m, rank))
@@ -171,9 +184,9 @@ def shipped_products(forward: bool) -> list[Shipped]:
     pointers = {f"{name}{part}": kind for name, kind in numbered.items() for part in range(MAX_PARTS)}
     pointers |= {"scale": "*fp32", "bias": "*bf16", "s": "*bf16"}
     sizes = dict.fromkeys(("adapters", "rows_each", "row_tiles", "column_tiles", "depth", "width"), "i32")
-    config = config_for(torch.bfloat16)
-    found = []
-    for parts, rank in ((1, 8), (1, MAX_RANK), (2, 8), (MAX_PARTS, 8), (MAX_PARTS, MAX_RANK)):
+    tiles = tiles_for(torch.bfloat16, 1 << 20, 1 << 20)
+    found = []  # two parts are three with one choice less
+    for config, parts, rank in itertools.product(tiles, (1, MAX_PARTS), (8, MAX_RANK)):
         constants = {
             "FORWARD": forward, "PARTS": parts, "BIASED": forward and parts == 1, "GIVEN": rank > MAX_RANK_INSIDE,
             "RANK": rank, "RANK_PAD": max(16, rank), "BM": config.rows, "BN": config.columns, "BK": config.depth,

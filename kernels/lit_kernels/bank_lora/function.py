@@ -58,7 +58,8 @@ def bank_lora(
     reason = unsupported(rows, weight, downs_GRK.shape[1], bias)
     if backend == "auto" and x.dtype not in (torch.float16, torch.bfloat16):
         reason = reason or f"torch multiplies {x.dtype} as fast"
-    key = key_of(rows, weight, *downs_GRK.shape[:2])
+    adapters, rank = downs_GRK.shape[:2]
+    key = key_of(x.dtype, len(rows) // adapters, weight, adapters, rank)
     if backends.choose(NAME, backend, x.device, reason, key) == "fallback":
         return fallback.bank_lora(rows, weight, downs_GRK, ups_GNR, scales_G, bias).unflatten(0, x.shape[:-1])
     return launched(x, [weight], [downs_GRK], [ups_GNR], scales_G[None], bias)[0]
@@ -190,12 +191,11 @@ _forward.register_autograd(_gradients, setup_context=_save)
 _Directly = backends.directly(NAME, _launch, _save, _gradients)
 
 
-def key_of(x: Tensor, weight: Tensor, adapters: int, rank: int) -> Key:
+def key_of(dtype: torch.dtype, rows_each: int, weight: Tensor, adapters: int, rank: int) -> Key:
     """What tables know a layer by; `rows` are one adapter's, and layers in one launch are looked up one by one."""
     width, depth = weight.shape
-    rows = x.shape[:-1].numel() // adapters
-    sizes = {"rank": padded_rank(rank), "rows": rows, "adapters": adapters, "width": width, "depth": depth}
-    return Key(NAME, x.dtype, sizes)
+    sizes = {"rank": padded_rank(rank), "rows": rows_each, "adapters": adapters, "width": width, "depth": depth}
+    return Key(NAME, dtype, sizes)
 
 
 def unsupported(x: Tensor, weight: Tensor, rank: int, bias: Tensor | None) -> str:

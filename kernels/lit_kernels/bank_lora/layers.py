@@ -80,7 +80,7 @@ def _takes_kernels(layer: Any, read: _Read, x: Tensor) -> bool:
     reason = unsupported(x, read.weight, read.down.shape[0], read.bias)
     if layer._lit_backend == "auto" and x.dtype not in (torch.float16, torch.bfloat16):
         reason = reason or f"torch multiplies {x.dtype} as fast"
-    key = None if reason else key_of(x, read.weight, 1, read.down.shape[0])
+    key = None if reason else key_of(x.dtype, x.shape[:-1].numel(), read.weight, 1, read.down.shape[0])
     return backends.choose(NAME, layer._lit_backend, x.device, reason, key) == "triton"
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_kernels.bank_lora import bank_lora, fallback
+from lit_kernels import dispatch
+from lit_kernels.bank_lora import bank_lora, fallback, forward
 from lit_kernels.bank_lora.function import launched
 
 
@@ -234,6 +235,19 @@ def test_layers_of_one_input_are_parts_of_one_launch(
         torch.testing.assert_close(found, true, rtol=1e-11, atol=1e-11)
     else:
         agree(found, run_joint(given, "reference"), true)
+
+
+def test_a_tile_changes_nothing_but_the_time(device: torch.device) -> None:
+    """The large one, which needs more rows and columns than these to be the default."""
+    given = joint_inputs(2, Case(1, 3, 50, 40, 140, 4), torch.float64, device)
+    large, small = forward.tiles_for(torch.float64, 1 << 20, 1 << 20)
+    assert forward.tiles_for(torch.float64, 150, 140) == (small, large)
+    found = []
+    for tile in (small, large):
+        with dispatch.trying({("bank_lora", part): str(tile) for part in ("forward", "backward")}) as trial:
+            found.append(run_joint(given, "joint"))
+        assert trial.offered["bank_lora", "forward"] == [str(small), str(large)]
+    torch.testing.assert_close(*found, rtol=1e-11, atol=1e-11)
 
 
 def test_a_part_that_is_not_used_adds_nothing(device: torch.device) -> None:
