@@ -107,7 +107,7 @@ def directly(name: str, launch: Callable[..., Any], save: Callable[..., None], g
     return type(name, (torch.autograd.Function,), parts)
 
 
-@torch.compiler.assume_constant_result  # compiled code cannot log; the choice is made, and told, while it is traced
+@dispatch.constant_while_traced  # compiled code cannot log; the choice is made, and told, while it is traced
 def _tell(operator: str, path: str, reason: str) -> bool:
     return _told(operator, path, reason)
 

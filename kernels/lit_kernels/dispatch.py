@@ -19,7 +19,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -32,6 +32,16 @@ FORMAT = 1
 PATHS = ("triton", "fallback")
 SAME = frozenset({"rank", "head_width", "keys"})
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def constant_while_traced(function: F) -> F:
+    """Have `torch.compile` call the function and keep what it returns, as `torch.compiler.assume_constant_result` does.
+
+    That one imports the compiler, and Triton with it, seconds that `import lit_kernels` must not take.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class Key(NamedTuple):
@@ -264,7 +274,7 @@ def _nearest(entries: Sequence[Entry], sizes: Mapping[str, int]) -> Entry:
     return min(entries, key=lambda e: sum(math.log(e.sizes[name] / size) ** 2 for name, size in sizes.items()))
 
 
-@torch.compiler.assume_constant_result
+@constant_while_traced
 def _settled(operator: str, dtype: torch.dtype, device: torch.device, same: Same, names: Names) -> tuple[str, Any]:
     return _settled_of(operator, dtype, device, same, names)
 
@@ -278,7 +288,7 @@ def _settled_of(operator: str, dtype: torch.dtype, device: torch.device, same: S
     return "", tuple((name, _limits(values)) for name, values in _axes(entries, names).items())
 
 
-@torch.compiler.assume_constant_result
+@constant_while_traced
 def _path_at(
     operator: str, dtype: torch.dtype, device: torch.device, same: Same, names: Names, places: tuple[int, ...]
 ) -> str:

@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parents[3] / "kernels/benchmarks/results"
 def test_every_form_compiles_to_what_is_recorded(tmp_path: Path) -> None:
     """No spills, shared memory within the limit, tensor cores; and the figures in `results`, for the same compiler."""
     made = list(compile_all(jobs=2))
-    assert len(list(shipped())) <= 56 and len(made) == len(list(shipped())) * len(ARCHITECTURES)
+    assert len(list(shipped())) <= 60 and len(made) == len(list(shipped())) * len(ARCHITECTURES)
     assert [(one.name, one.config, one.arch, one.faults) for one in made if one.faults] == []
     recorded = RESULTS / results_name()
     if recorded.exists():

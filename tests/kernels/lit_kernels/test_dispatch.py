@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +25,7 @@ GPU = "NVIDIA Test GPU 80GB"
 SMALL = {"small": {"text": 16, "layers": [(16, 2, 24, 1), (32, 2, 6, 1)]}}
 BANK = {"adapters": 2, "width": 16, "tokens": 4, "parameters": 40}
 META = torch.device("meta")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(dispatch.__file__).parents[1])}
 Put = Callable[..., Path]
 
 
@@ -188,6 +192,12 @@ def test_compiled_code_asks_for_the_side_of_a_limit_and_not_for_every_size(put: 
     for rows in (30, 50, 200, 300, 400, 9_000, 20_000, 30_000, 40_000, 31, 7, 60):
         assert compiled(torch.empty(rows, 16, dtype=torch.float16, device="meta")).shape == (rows, 8)
     assert sorted(set(graphs)) == ["fallback", "triton"] and len(graphs) <= 5, graphs
+
+
+def test_importing_the_package_imports_neither_the_compiler_nor_triton() -> None:
+    code = "import sys, lit_kernels.measuring; print({'triton', 'torch._dynamo'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, timeout=200)
+    assert done.stdout == "set()\n", done.stderr
 
 
 def test_a_name_is_a_file_name_and_tables_are_in_the_wheel() -> None:
