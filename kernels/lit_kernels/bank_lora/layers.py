@@ -37,14 +37,14 @@ def unfuse(layer: nn.Module) -> None:
 def project(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
     """What up to three layers make of x `[..., K]`.
 
-    Fused layers of one rank and one width, without a bias, are one launch where the kernels run; others go alone.
+    Fused layers of one rank, width and dtype, without a bias, are one launch where the kernels run; others go alone.
     """
     joint: dict[int, _Read] = {}
     for number, layer in enumerate(layers):
         read = _read(layer, x) if "_lit_backend" in layer.__dict__ else None
         if read is not None and read.bias is None and _takes_kernels(layer, read, x):
             joint[number] = read
-    if len(joint) < 2 or len({read.up.shape for read in joint.values()}) > 1:
+    if len(joint) < 2 or len({(r.up.shape, r.up.dtype, r.down.dtype) for r in joint.values()}) > 1:
         return [layer(x) for layer in layers]
     ys = dict(zip(joint, _launched(layers[next(iter(joint))], list(joint.values()), x), strict=True))
     return [ys[number] if number in ys else layer(x) for number, layer in enumerate(layers)]

@@ -217,6 +217,19 @@ def test_nothing_is_divided_by_one(unet: Any) -> None:
     assert counts[1] < 5, "of the loss and of the time's frequencies"
 
 
+def test_layers_with_factors_in_another_dtype_go_alone(unet: Any) -> None:
+    """Parts of one launch are pointers of one type, and their gradients come back in one."""
+    attention = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    lora(unet, targets=(f"{attention}.to_q", f"{attention}.to_k", f"{attention}.to_v"))
+    for factors in (unet.get_submodule(f"{attention}.to_k").lora_A, unet.get_submodule(f"{attention}.to_k").lora_B):
+        factors["default"].double()
+    expected = step(unet)
+    lit_kernels.patch(unet, ["bank_lora"], "triton")
+    with Calls() as calls:
+        assert_same(step(unet), expected)
+    assert calls.of["lit_kernels::bank_lora"] == 3
+
+
 def test_layers_of_other_ranks_go_alone(unet: Any) -> None:
     attention = "mid_block.attentions.0.transformer_blocks.0.attn1"
     lora(unet, targets=(f"{attention}.to_q", f"{attention}.to_k", f"{attention}.to_v"), rank_pattern={"to_k": 5})
