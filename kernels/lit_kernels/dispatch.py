@@ -108,6 +108,15 @@ def _path(key: Key, device: torch.device) -> str:
     return _path_at(key.operator, key.dtype, device, same, names, places)
 
 
+def check(device: torch.device) -> None:
+    """Read the device's table, if it has one: what is wrong with it is told now and not in the midst of a step.
+
+    Raises:
+        ValueError: The GPU's table cannot be read.
+    """
+    _entries(gpu_of(device))
+
+
 def tile(key: Key, part: str, device: torch.device, offered: Sequence[T]) -> T:
     """The one of the tiles that was fastest; the first where nothing is known, or what is known is offered no more.
 

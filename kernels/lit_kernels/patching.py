@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from lit_kernels import resnets
+from lit_kernels import dispatch, resnets
 from lit_kernels.attention.processor import AttentionProcessor, install
 from lit_kernels.backend import Backend, why_not_triton
 from lit_kernels.bank_lora import layers as lora_layers
@@ -52,7 +52,7 @@ def patch(unet: nn.Module, ops: Literal["auto"] | Sequence[Operator] = "auto", b
 
     Raises:
         ValueError: An unknown operator, a UNet that is patched already, or one with attention processors of others
-            (IP-Adapter, custom ones), which this would silently replace.
+            (IP-Adapter, custom ones), which this would silently replace; a table of this GPU that cannot be read.
     """
     wanted = list(get_args(Operator)) if ops == "auto" else list(ops)
     if unknown := [name for name in wanted if name not in get_args(Operator)]:
@@ -63,6 +63,7 @@ def patch(unet: nn.Module, ops: Literal["auto"] | Sequence[Operator] = "auto", b
         raise ValueError("this UNet projects its text first (encoder_hid_proj: IP-Adapter and the like)")
     if backend == "triton" and (reason := why_not_triton(next(unet.parameters()).device)):
         raise ValueError(reason)
+    dispatch.check(next(unet.parameters()).device)
     made = Patch(processors=_foreign_processors(unet))
     processors = install(unet)
     cross = {name: unet.get_submodule(name) for name, p in processors.items() if p.is_cross}

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import lit_kernels
 from lit_kernels import dispatch, measuring
 from lit_kernels.dispatch import Entry, Key
 from lit_kernels.frozen_geglu import frozen_geglu
@@ -161,6 +162,20 @@ def test_a_wrong_table_is_one_error_that_names_it_and_the_fix(text: str, said: s
     told = str(found.value)
     assert told.startswith(f"{file} is no table of kernels") and said in told
     assert f"rm {file}; litp profile kernels --tune --table {file.parent}" in told
+
+
+def test_a_wrong_table_is_told_before_anything_is_patched(put: Put) -> None:
+    from diffusers import UNet2DConditionModel
+
+    put().write_text("{}")
+    unet = UNet2DConditionModel(
+        block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=8, attention_head_dim=2, layers_per_block=1, norm_num_groups=2,
+    )  # fmt: skip
+    before = {name: processor for name, processor in unet.attn_processors.items()}
+    with pytest.raises(ValueError, match="is no table of kernels"):
+        lit_kernels.patch(unet)
+    assert unet.attn_processors == before
 
 
 def test_a_table_is_written_whole_or_not_at_all(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
