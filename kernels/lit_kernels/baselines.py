@@ -8,7 +8,8 @@
 * "SDPA flash", "SDPA cudnn", "SDPA efficient", "SDPA math": each of torch's fused attentions, where it runs.
 * "diffusers": its GEGLU module behind the projection.
 * "AdamW": an optimizer for each adapter, fused, and clipping; each adapter is a single tensor, the fewest launches.
-* "layer": for `absorbed_attention`, the ordinary layer: projection, torch's attention, projection.
+
+The plain formula of `absorbed_attention` is the ordinary layer: projection, torch's attention, projection.
 
 Everything runs on a CPU too, where a test compares results and gradients with ours.
 """
@@ -65,6 +66,11 @@ def baselines_of(operator: str, given: Given, compiler: str = "inductor") -> dic
         "compiled": compiled,
         "graph": lambda: Baseline(*_PLAIN[operator](given), graphed=True),
     }
+
+
+def plain_of(operator: str, given: Given) -> Callable[[], Any]:
+    """The plain formula of an operator."""
+    return _PLAIN[operator](given)[0]
 
 
 def peft_layers(
@@ -204,10 +210,6 @@ def _plain_frozen_geglu(given: Given) -> tuple[Callable[[], Any], list[Tensor]]:
     return lambda: frozen_geglu.frozen_geglu(given["projected"]), [given["projected"]]
 
 
-def _absorbed(given: Given) -> dict[str, Callable[[], Baseline]]:
-    return {"layer": lambda: Baseline(_plain_absorbed(given)[0], [])}
-
-
 def _plain_absorbed(given: Given) -> tuple[Callable[[], Any], list[Tensor]]:
     def run() -> Tensor:
         query, keys, values = given["x"] @ given["query_weight"].T, given["key"], given["value"]
@@ -253,7 +255,7 @@ def _plain_adamw(given: Given) -> tuple[Callable[[], Any], list[Tensor]]:
 
 _OTHERS = {
     "text_kv": _text_kv, "short_key_attention": _short_keys, "bank_lora": _bank_lora, "frozen_geglu": _frozen_geglu,
-    "absorbed_attention": _absorbed, "bank_adamw": _adamw,
+    "absorbed_attention": lambda _: {}, "bank_adamw": _adamw,
 }  # fmt: skip
 _PLAIN = {
     "text_kv": _plain_text_kv, "short_key_attention": _plain_short_keys, "bank_lora": _plain_bank_lora,

@@ -19,7 +19,7 @@ from torch import Tensor
 from lit_kernels.absorbed_attention.function import absorb, absorbed_attention
 from lit_kernels.bank_adamw.function import bank_adamw
 from lit_kernels.bank_lora.function import bank_lora
-from lit_kernels.baselines import Baseline, baselines_of
+from lit_kernels.baselines import Baseline, baselines_of, plain_of
 from lit_kernels.frozen_geglu.function import frozen_geglu
 from lit_kernels.packing import lay_side_by_side
 from lit_kernels.short_key_attention.function import short_key_attention
@@ -253,7 +253,12 @@ def _absorbed(model: str, width: int, heads: int, tokens: int, batch: int, dtype
         w_q, w_o = (_draw(device, width, width, dtype=dtype, learns=False) / width**0.5 for _ in range(2))
         absorbed = absorb(key, value, w_q, w_o, heads)
         given = {"x": x, "key": key, "value": value, "heads": heads, "query_weight": w_q, "out_weight": w_o}
-        return Built(lambda backend: absorbed_attention(x, absorbed, backend), [], given)
+        layer = plain_of("absorbed_attention", given)  # what absorbing replaces
+
+        def run(backend: Any) -> Tensor:
+            return layer() if backend == "fallback" else absorbed_attention(x, absorbed, backend)
+
+        return Built(run, [], given)
 
     image, text = dtype.itemsize * batch * tokens * width, dtype.itemsize * batch * heads * TOKENS * width
     size = f"{model} {width} wide, {heads} heads, {tokens} tokens, batch {batch}"

@@ -6,7 +6,8 @@ from a patched UNet are those of a stock one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -20,7 +21,7 @@ from lit_kernels.frozen_geglu import layers as gate_layers
 from lit_kernels.slices import projection_of
 from lit_kernels.text_kv.source import TextKeyValues
 
-Operator = Literal["text_kv", "short_key_attention", "bank_lora", "frozen_geglu"]
+Operator = Literal["text_kv", "short_key_attention", "bank_lora", "frozen_geglu", "absorbed_attention"]
 STOCK = ("AttnProcessor", "AttnProcessor2_0")
 
 
@@ -37,6 +38,8 @@ class Patch:
     hooks: list[Any] = field(default_factory=list)
     blocks: list[str] = field(default_factory=list)
     """Residual blocks that no longer divide by 1."""
+    source: TextKeyValues | None = None
+    """Of K and V, with `text_kv`."""
 
     def __str__(self) -> str:
         lines = [f"{operator}: {len(names)} layers" for operator, names in self.layers.items()]
@@ -48,15 +51,18 @@ def patch(unet: nn.Module, ops: Literal["auto"] | Sequence[Operator] = "auto", b
 
     Layers are read anew in every forward pass: adapters may change, be switched and scaled afterwards. A layer that
     carries something else than plain LoRA (DoRA, dropout while training) computes as before. LoRA layers that are
-    added later compute as PEFT does, but for K and V of the text.
+    added later compute as PEFT does, but for K and V of the text. `absorbed_attention` waits for `frozen`.
 
     Raises:
-        ValueError: An unknown operator, a UNet that is patched already, or one with attention processors of others
-            (IP-Adapter, custom ones), which this would silently replace; a table of this GPU that cannot be read.
+        ValueError: An unknown operator, one without that which it needs, a UNet that is patched already, or one with
+            attention processors of others (IP-Adapter, custom ones), which this would silently replace; a table of this
+            GPU that cannot be read.
     """
     wanted = list(get_args(Operator)) if ops == "auto" else list(ops)
     if unknown := [name for name in wanted if name not in get_args(Operator)]:
         raise ValueError(f"unknown operator {unknown[0]!r}; there are {', '.join(get_args(Operator))}")
+    if "absorbed_attention" in wanted and "text_kv" not in wanted:
+        raise ValueError("absorbed_attention is made of the K and V that text_kv gives: add 'text_kv' to ops")
     if hasattr(unet, "_lit_patch"):
         raise ValueError("this UNet is patched; call lit_kernels.unpatch(unet) first")
     if getattr(unet, "encoder_hid_proj", None) is not None:
@@ -73,9 +79,11 @@ def patch(unet: nn.Module, ops: Literal["auto"] | Sequence[Operator] = "auto", b
             for part in ("to_k", "to_v"):
                 if isinstance(found := projection_of(getattr(layer, part)), str):
                     made.left[f"{name}.{part}"] = found
-        source = TextKeyValues(cross, backend)
+        made.source = source = TextKeyValues(cross, backend, absorbs="absorbed_attention" in wanted)
         made.hooks.append(unet.register_forward_pre_hook(source, with_kwargs=True))
         made.hooks.append(unet.register_forward_hook(source.clear, always_call=True))
+        if source.absorbs:
+            made.layers["absorbed_attention"] = list(cross)
     if "short_key_attention" in wanted:
         made.layers["short_key_attention"] = list(cross)
         for name in cross:
@@ -122,6 +130,28 @@ def unpatch(unet: nn.Module) -> None:
         resnets.restore(unet.get_submodule(name))
     for name, processor in made.processors.items():
         unet.get_submodule(name).set_processor(processor)  # type: ignore[operator]
+
+
+@contextlib.contextmanager
+def frozen(unet: nn.Module, passes: int = 25) -> Iterator[None]:
+    """Inside, what a text becomes is kept: for samplers, scores of many trials, teachers.
+
+    Passes without gradients that are given the same text tensor compute its K and V once, and from the second pass on
+    take cross-attention absorbed where that pays: on a GPU with `backend="auto"`, by `costs.worthwhile` and the GPU's
+    table. The caller promises that until the end neither weights nor adapters change, nor the values of a text tensor
+    that was given; passes with gradients compute as ever. A UNet that is not patched computes as it is.
+
+    Args:
+        passes: How many passes will be given the same text: the number of a sampler's steps.
+
+    Raises:
+        ValueError: Fewer than 1 pass.
+    """
+    if passes < 1:
+        raise ValueError(f"frozen: a text needs at least 1 pass, not {passes}")
+    made: Patch | None = unet.__dict__.get("_lit_patch")
+    with contextlib.nullcontext() if made is None or made.source is None else made.source.frozen(passes):
+        yield
 
 
 def _foreign_processors(unet: nn.Module) -> dict[str, Any]:

@@ -77,8 +77,8 @@ def tiles_for(rows: int, keys: int, dtype: torch.dtype) -> list[Config]:
 def launch(x_PTC: Tensor, keys_PNSC: Tensor) -> Tensor:
     """Probabilities `[P, T, N·S]` in x's dtype; G is contiguous, rows of x may stand apart."""
     (prompts, rows, depth), (_, heads, keys, _) = x_PTC.shape, keys_PNSC.shape
-    offered = tiles_for(rows, keys, x_PTC.dtype)
-    config = dispatch.tile(key_of(x_PTC, keys_PNSC), "forward", x_PTC.device, offered)
+    key = key_of(x_PTC.dtype, prompts, rows, heads, keys, depth)
+    config = dispatch.tile(key, "forward", x_PTC.device, tiles_for(rows, keys, x_PTC.dtype))
     found = x_PTC.new_empty((prompts, rows, heads * keys))
     absorbed_probabilities[(triton.cdiv(rows, config.rows) * heads, prompts)](
         x_PTC, keys_PNSC, found, rows, depth, keys, heads, x_PTC.stride(1), x_PTC.stride(0),

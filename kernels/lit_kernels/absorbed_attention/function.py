@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_kernels import backend as backends
+from lit_kernels import dispatch
 from lit_kernels.absorbed_attention import fallback, reference
 from lit_kernels.dispatch import Key
 
@@ -92,7 +93,9 @@ def absorbed_attention(x_BTC: Tensor, absorbed: Absorbed, backend: backends.Back
         unsupported = _unsupported(x, keys)
         if backend == "auto" and x.dtype not in (torch.float16, torch.bfloat16):
             unsupported = unsupported or f"torch multiplies {x.dtype} as fast"
-        if backends.choose(NAME, backend, x.device, unsupported, key_of(x, keys)) == "fallback":
+        prompts, heads, key_count, _ = keys.shape
+        dispatch.noted(key_of(x.dtype, prompts, x.shape[1], heads, key_count, width))
+        if backends.choose(NAME, backend, x.device, unsupported) == "fallback":
             y = fallback.absorbed_attention(x, keys, values)
         else:
             x = x if x.stride(2) == 1 else x.contiguous()
@@ -100,11 +103,14 @@ def absorbed_attention(x_BTC: Tensor, absorbed: Absorbed, backend: backends.Back
     return y.view(samples, tokens, values.shape[-1])
 
 
-def key_of(x_PTC: Tensor, keys_PNSC: Tensor) -> Key:
-    """What tables know a case by: keys as kernels round them up, the rows of a prompt, the heads of all prompts."""
-    prompts, heads, keys, width = keys_PNSC.shape
-    sizes = {"keys": 80 if keys <= 80 else MAX_KEYS, "rows": x_PTC.shape[1], "heads": prompts * heads, "width": width}
-    return Key(NAME, x_PTC.dtype, sizes)
+def key_of(dtype: torch.dtype, prompts: int, rows: int, heads: int, keys: int, width: int) -> Key:
+    """What tables know a case by: keys as kernels round them up, the rows of a prompt, the heads of all prompts.
+
+    A table's "fallback" is the ordinary layer: whoever absorbs one asks before (`lit_kernels.absorbed_attention.
+    layers`).
+    """
+    sizes = {"keys": 80 if keys <= 80 else MAX_KEYS, "rows": rows, "heads": prompts * heads, "width": width}
+    return Key(NAME, dtype, sizes)
 
 
 @torch.library.custom_op("lit_kernels::absorbed_probabilities", mutates_args=())

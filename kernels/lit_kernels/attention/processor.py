@@ -11,6 +11,8 @@
 * `joint`: q, k and v of self-attention are taken through one launch where they carry LoRA (`bank_lora.layers.project`).
 * `short_keys`: a backend of `short_key_attention` for cross-attention; None leaves it to `backend`, as do a tap, a mask
   and normalized queries and keys.
+* `kept`: the text of this pass, where it is kept over several (`lit_kernels.frozen`): it may give the whole layer,
+  absorbed. Compiled code, a tap and a mask leave it alone.
 
 Nothing else sets a processor on a UNet.
 """
@@ -19,8 +21,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,6 +31,9 @@ from lit_kernels import backend as kernels
 from lit_kernels.attention import reference
 from lit_kernels.bank_lora.layers import project
 from lit_kernels.short_key_attention.function import short_key_attention, unsupported
+
+if TYPE_CHECKING:
+    from lit_kernels.absorbed_attention.layers import KeptText
 
 Backend = Literal["auto", "sdpa", "reference"]
 KeyValues = Mapping[str, tuple[Tensor, Tensor]]
@@ -47,6 +53,7 @@ class AttentionProcessor:
     short_keys: kernels.Backend | None = None
     joint: bool = False
     given: tuple[Tensor, Tensor] | None = None
+    kept: KeptText | None = None
 
     def key_value(self, attn: Any, states_BSE: Tensor, key_values: KeyValues | None = None) -> tuple[Tensor, Tensor]:
         """K and V `[B, S, C]` of this layer for `states_BSE`."""
@@ -83,11 +90,26 @@ class AttentionProcessor:
             text = hidden_states if encoder_hidden_states is None else text
         if encoder_hidden_states is not None and attn.norm_cross:
             text = attn.norm_encoder_hidden_states(text)
+        out = None
+        if not torch.compiler.is_compiling() and self.kept is not None and attention_mask is None and self.tap is None:
+            out = self.kept.attend(self.name, attn, hidden_states)
+        if out is None:
+            out = self._layer(attn, hidden_states, text, attention_mask, key_values)
+        if len(shape) == 4:
+            out = out.transpose(1, 2).reshape(shape)
+        if attn.residual_connection:
+            out = out + residual
+        return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
+
+    def _layer(
+        self, attn: Any, hidden_states: Tensor, text: Tensor, mask: Tensor | None, key_values: KeyValues | None
+    ) -> Tensor:
+        """Projections and attention of states `[B, T, C]`."""
         if self.joint and text is hidden_states:
             query, key, value = project((attn.to_q, attn.to_k, attn.to_v), hidden_states)
         else:
             query, (key, value) = attn.to_q(hidden_states), self.key_value(attn, text, key_values)
-        if attention_mask is None and self._has_short_keys(attn, query, key):
+        if mask is None and self._has_short_keys(attn, query, key):
             out = short_key_attention(query, key, value, heads=attn.heads, backend=self.short_keys or "auto")
         else:
             query, key, value = (self._heads(attn, x) for x in (query, key, value))
@@ -95,14 +117,9 @@ class AttentionProcessor:
                 query = attn.norm_q(query)
             if attn.norm_k is not None:
                 key = attn.norm_k(key)
-            out = self._attend(query, key, value, attention_mask)
+            out = self._attend(query, key, value, mask)
             out = out.transpose(1, 2).flatten(2).to(query.dtype)
-        out = attn.to_out[1](attn.to_out[0](out))
-        if len(shape) == 4:
-            out = out.transpose(1, 2).reshape(shape)
-        if attn.residual_connection:
-            out = out + residual
-        return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
+        return attn.to_out[1](attn.to_out[0](out))  # type: ignore[no-any-return]
 
     def _has_short_keys(self, attn: Any, query: Tensor, key: Tensor) -> bool:
         if self.short_keys is None or not self.is_cross or self.tap is not None or attn.norm_q or attn.norm_k:

@@ -18,7 +18,7 @@ SMALL = {"small": {"text": 16, "layers": [(16, 2, 6, 1)]}}
 BANK = {"adapters": 3, "width": 16, "tokens": 4, "parameters": 40}
 PEFT = {"peft autocast", "peft casts off"}
 NAMES = {
-    "text_kv": PEFT, "bank_lora": PEFT, "frozen_geglu": {"diffusers"}, "absorbed_attention": {"layer"},
+    "text_kv": PEFT, "bank_lora": PEFT, "frozen_geglu": {"diffusers"}, "absorbed_attention": set(),
     "short_key_attention": {"SDPA flash", "SDPA cudnn", "SDPA efficient", "SDPA math"}, "bank_adamw": {"AdamW"},
 }  # fmt: skip
 

@@ -112,6 +112,21 @@ def test_adapters_come_and_go(unet: Any, backend: Any) -> None:
     assert not torch.equal(x[True, "both"]["y"], x[True, "off"]["y"])
 
 
+@pytest.mark.parametrize("adapters", [["one"], ["one", "two"]])
+def test_a_pass_may_be_given_a_strength(unet: Any, adapters: list[str]) -> None:
+    """`cross_attention_kwargs={"scale": s}`, as diffusers' pipelines have it."""
+    lora(unet, "one")
+    lora(unet, "two", r=2)
+    unet.set_adapters(adapters)
+    options: Any = {"cross_attention_kwargs": {"scale": 0.5}}
+    given = (torch.ones(1, 4, 8, 8), 3, torch.ones(1, 7, 24))
+    with torch.no_grad():
+        expected = unet(*given, **options).sample
+        lit_kernels.patch(unet, backend="fallback")
+        torch.testing.assert_close(unet(*given, **options).sample, expected, atol=2e-6, rtol=1e-4)
+        assert not torch.allclose(unet(*given).sample, expected, atol=0.01)
+
+
 def test_other_adapters_on_the_same_text_do_not_meet(unet: Any) -> None:
     """A teacher without adapters sees the very text tensor of the student, whose blocks are recomputed after it."""
     lora(unet)
