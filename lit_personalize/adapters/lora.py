@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lit_personalize import randomness
 from lit_personalize.adapters import layer_selection
 from lit_personalize.adapters.dora import DoraScale
+from lit_personalize.adapters.injection import inject
 from lit_personalize.adapters.protocol import Adapter, AdapterWeights, Dora, LowRank
 from lit_personalize.backbones.base import Base
 from lit_personalize.errors import UsageError
@@ -150,7 +151,7 @@ class LoRA(Adapter):
         alphas: Mapping[str, float],
         seed: int,
     ) -> None:
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import LoraConfig
         from peft.tuners.lora import LoraLayer
 
         paths = {layer: layer.removeprefix(f"{component}.") for layer in layers}
@@ -167,8 +168,7 @@ class LoRA(Adapter):
             rank_pattern=others(r, self.rank), alpha_pattern=others(a, usual),
             use_rslora=self.use_rslora, use_dora=self.use_dora,
         )  # fmt: skip
-        with torch.random.fork_rng(devices=[]):  # PEFT initialises from the global generator; overwritten below
-            inject_adapter_in_model(config, module, adapter_name=self.name)
+        inject(config, module, self.name)
         for path, layer in module.named_modules():
             if isinstance(layer, LoraLayer) and self.name in layer.lora_A:
                 full = f"{component}.{path}"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from lit_personalize.adapters.injection import inject
 from lit_personalize.adapters.loaded import LoadedAdapter
 from lit_personalize.adapters.protocol import Adapter, AdapterWeights, LowRank
 from lit_personalize.backbones.base import Base
@@ -82,7 +83,7 @@ class ZipLoRA(Adapter):
         return weights.low_rank
 
     def _inject(self, component: str, module: nn.Module, parts: dict[Part, dict[str, LowRank]]) -> None:
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import LoraConfig
 
         paths = [path for path, _ in module.named_modules()]
         named = [(path, f"{component}.{path}") for path in paths]
@@ -94,8 +95,7 @@ class ZipLoRA(Adapter):
         # Anchored, since PEFT's lists and patterns match endings.
         target = "|".join(path.replace(".", r"\.") for path in found)
         config = LoraConfig(r=1, target_modules=f"(?:{target})", rank_pattern={f"^{p}$": r for p, r in ranks.items()})
-        with torch.random.fork_rng(devices=[]):  # PEFT initialises from the global generator; overwritten below
-            inject_adapter_in_model(config, module, adapter_name=self.name)
+        inject(config, module, self.name)
         for path, own in found.items():
             layer, peft = f"{component}.{path}", cast("LoraLayer", module.get_submodule(path))
             self._frozen[layer], self._peft[layer] = own, peft

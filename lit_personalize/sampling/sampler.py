@@ -6,13 +6,15 @@ A picture is a function of (base, adapters, prompt, seed, options): not of the b
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+import lit_kernels
 from lit_personalize import randomness
 from lit_personalize.adapters.protocol import Adapter
 from lit_personalize.backbones.base import Base, Conditioning
@@ -108,19 +110,24 @@ def denoise(
         conditioning = unconditional_of(base, options.negative, conditioning).cat(conditioning)
     scheduler = schedulers.scheduler_of(base, options.scheduler, options.steps)
     z = z * scheduler.init_noise_sigma
-    for number, t in enumerate(scheduler.timesteps):
-        for adapter in base.adapters:
-            adapter.at(number / len(scheduler.timesteps))
-        if steer is not None:
-            conditioning = steer(number, len(scheduler.timesteps), conditioning)
-        model_input = scheduler.scale_model_input(torch.cat([z, z]) if guided else z, t)
-        steps = t.expand(len(model_input)).to(base.device)
-        out = base.predict_active(model_input, steps, conditioning)
-        if guided:
-            unconditional, conditional = out.chunk(2)
-            out = unconditional + options.guidance * (conditional - unconditional)
-        z = schedulers.step(scheduler, out, t, z, seeds, number)
-        z = z if after_step is None else after_step(z)
+    steps = len(scheduler.timesteps)
+    frozen: AbstractContextManager[None] = nullcontext()
+    if steer is None and all(type(adapter).at is Adapter.at for adapter in base.adapters):
+        conditioning = replace(conditioning, states=conditioning.states.to(base.dtype))  # one tensor for all steps
+        frozen = lit_kernels.frozen(base.unet, steps)
+    with frozen:
+        for number, t in enumerate(scheduler.timesteps):
+            for adapter in base.adapters:
+                adapter.at(number / steps)
+            if steer is not None:
+                conditioning = steer(number, steps, conditioning)
+            model_input = scheduler.scale_model_input(torch.cat([z, z]) if guided else z, t)
+            out = base.predict_active(model_input, t.expand(len(model_input)).to(base.device), conditioning)
+            if guided:
+                unconditional, conditional = out.chunk(2)
+                out = unconditional + options.guidance * (conditional - unconditional)
+            z = schedulers.step(scheduler, out, t, z, seeds, number)
+            z = z if after_step is None else after_step(z)
     return z
 
 

@@ -73,6 +73,31 @@ def test_delta_is_what_the_layer_computes(tiny_bases: dict[str, Path], kind: str
         torch.testing.assert_close(on - off, x @ adapter.delta(layer).T, atol=1e-5, rtol=1e-4)
 
 
+def test_a_second_lora_leaves_the_first_as_it_was(tiny_bases: dict[str, Path]) -> None:
+    """On layers that both change, on others, and whether the first is on or off."""
+    base = load_base(tiny_bases["sd1"])
+    first, second = LoRA(rank=2, name="first"), LoRA(rank=3, name="second", targets=["to_k", "to_v"])
+    first.attach(base)
+    _perturb(first, base)
+    alone = _ask(base, [first])
+    second.attach(base)
+    with torch.no_grad():
+        torch.testing.assert_close(_ask(base, [first]), alone, rtol=0, atol=0)
+        _perturb(second, base)
+        layer = next(name for name in second.layers() if name.endswith("attn2.to_k"))
+        module = base.unet.get_submodule(layer.removeprefix("unet."))
+        x = torch.randn(2, 5, module.in_features)
+        ys = []
+        for active in ([], [first], [second], [first, second]):
+            with base.only(active):
+                ys.append(module(x))
+        deltas = [x @ adapter.delta(layer).T for adapter in (first, second)]
+        torch.testing.assert_close([y - ys[0] for y in ys[1:]], [*deltas, sum(deltas)], atol=1e-5, rtol=1e-4)
+        first.set_active(False)
+        LoRA(rank=1, name="third").attach(base)
+        torch.testing.assert_close(module(x) - ys[0], deltas[1], atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", list(MAKERS))
 def test_snapshot_stack_and_export_round_trip(tiny_bases: dict[str, Path], kind: str) -> None:
     base = load_base(tiny_bases["sdxl"])

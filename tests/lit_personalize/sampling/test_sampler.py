@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+import lit_kernels
+from lit_kernels.text_kv.source import TextKeyValues
 from lit_personalize.adapters.lora import LoRA
 from lit_personalize.backbones.loading import load_base
 from lit_personalize.export.stock import comparison_scheduler
-from lit_personalize.sampling.sampler import SamplingOptions, generate, start_noise
+from lit_personalize.sampling.sampler import SamplingOptions, generate, generate_latents, start_noise
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2-v", "sdxl"])
@@ -90,3 +92,31 @@ def test_adapters_apply_only_when_named(tiny_bases: dict[str, Path]) -> None:
 def test_prompts_and_seeds_must_match(tiny_bases: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match="2 prompts and 1 seeds"):
         generate(load_base(tiny_bases["sd1"]), ["a", "b"], [0])
+
+
+def test_kernels_project_the_text_once(tiny_bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless an adapter changes on the way."""
+    base = load_base(tiny_bases["sdxl"])
+    adapter = LoRA(rank=2)
+    adapter.attach(base)
+    with torch.no_grad():
+        for factor in adapter.factors.values():
+            factor.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+    given = (["a cat", "a dog"], [0, 1], [adapter], SamplingOptions(steps=4, guidance=3.0))
+    expected = generate_latents(base, *given)
+    projected: list[int] = []
+    original = TextKeyValues.of
+    monkeypatch.setattr(TextKeyValues, "of", lambda *args: projected.append(1) or original(*args))
+    lit_kernels.patch(base.unet, backend="fallback")
+    torch.testing.assert_close(generate_latents(base, *given), expected, atol=1e-4, rtol=1e-4)
+    assert len(projected) == 1
+
+    class Fading(LoRA):
+        """Stronger at first."""
+
+        def at(self, progress: float) -> None:
+            pass
+
+    Fading(rank=2, name="fading").attach(base)
+    torch.testing.assert_close(generate_latents(base, *given), expected, atol=1e-4, rtol=1e-4)
+    assert len(projected) == 1 + 4
