@@ -27,12 +27,12 @@ def lay_side_by_side(tensors: Sequence[Tensor]) -> Tensor:
 
     Only `.data` changes: parameters stay the same objects.
     """
-    if _whole(tensors) is None:
-        whole = torch.cat([tensor.detach() for tensor in tensors])
-        for tensor, part in zip(tensors, whole.split([len(tensor) for tensor in tensors]), strict=True):
-            tensor.data = part
-    found = _whole(tensors)
-    if found is None:
+    if (there := _whole(tensors)) is not None:
+        return there
+    whole = torch.cat([tensor.detach() for tensor in tensors])
+    for tensor, part in zip(tensors, whole.split([len(tensor) for tensor in tensors]), strict=True):
+        tensor.data = part
+    if (found := _whole(tensors)) is None:
         raise ValueError("these tensors cannot share a storage: their dtypes, devices or trailing shapes differ")
     return found
 

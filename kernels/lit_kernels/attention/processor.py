@@ -8,7 +8,7 @@
 * `tap_limit`: the tap is not called where there are more query tokens: the maps of large self-attention layers would
   take memory that grows with the fourth power of the picture's side.
 * `backend`: "reference" (softmax written out), "sdpa" (torch's fused attention) or "auto" (= sdpa).
-* `joint`: q, k and v of self-attention are taken through one launch where they carry LoRA (`bank_lora.layers.project`).
+* `joint`: q, k and v of self-attention are taken together (`bank_lora.layers.project`).
 * `short_keys`: a backend of `short_key_attention` for cross-attention; None leaves it to `backend`, as do a tap, a mask
   and normalized queries and keys.
 * `kept`: the text of this pass, where it is kept over several (`lit_kernels.frozen`): it may give the whole layer,

@@ -2,7 +2,7 @@
 
 A layer keeps its class, parameters and names; only its `forward` is another one, which reads what the layer carries in
 every call and gives back to PEFT's own whatever `bank_lora` cannot express. `project` takes layers of one input, such
-as q, k and v of self-attention, through one launch.
+as q, k and v of self-attention, together.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_kernels import backend as backends
 from lit_kernels.bank_lora.function import NAME, bank_lora, key_of, launched, unsupported
+from lit_kernels.packing import lay_side_by_side
 from lit_kernels.slices import projection_of
 
 Scales = dict[tuple[tuple[float, ...], torch.device], Tensor]
@@ -37,8 +39,11 @@ def unfuse(layer: nn.Module) -> None:
 def project(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
     """What up to three layers make of x `[..., K]`.
 
-    Fused layers of one rank, width and dtype, without a bias, are one launch where the kernels run; others go alone.
+    Fused layers of one rank, width and dtype, without a bias, are one launch where the kernels run. Frozen layers
+    without factors are one product, of weights that are laid side by side for it. Others go alone.
     """
+    if (frozen := _frozen(layers, x)) is not None:
+        return list(F.linear(x, lay_side_by_side(frozen)).split([len(weight) for weight in frozen], dim=-1))
     joint: dict[int, _Read] = {}
     for number, layer in enumerate(layers):
         read = _read(layer, x) if "_lit_backend" in layer.__dict__ else None
@@ -48,6 +53,23 @@ def project(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
         return [layer(x) for layer in layers]
     ys = dict(zip(joint, _launched(layers[next(iter(joint))], list(joint.values()), x), strict=True))
     return [ys[number] if number in ys else layer(x) for number, layer in enumerate(layers)]
+
+
+def _frozen(layers: Sequence[Any], x: Tensor) -> list[Tensor] | None:
+    """The weights, if all layers are nothing else. Compiled code cannot see how they lie, and would copy them."""
+    if torch.compiler.is_compiling():
+        return None
+    weights = []
+    for layer in layers:
+        found = projection_of(layer)
+        if isinstance(found, str) or found.rank or found.bias is not None or found.weight.requires_grad:
+            return None
+        weight = found.weight
+        moves = isinstance(weight, nn.Parameter) and not hasattr(weight, "device_mesh")  # a shard stays where it is
+        if not moves or weight.dtype != x.dtype or layer._forward_hooks:
+            return None
+        weights.append(weight)
+    return weights if len({(weight.device, weight.shape[1]) for weight in weights}) == 1 else None
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

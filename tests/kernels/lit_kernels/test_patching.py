@@ -215,6 +215,37 @@ def test_q_k_and_v_of_self_attention_are_one_launch(unet: Any, parts: tuple[str,
     assert not calls.of["lit_kernels::bank_lora"]
 
 
+def test_frozen_q_k_and_v_are_one_product(unet: Any) -> None:
+    """But not where one of them learns, has a hook, or is watched by the compiler."""
+    lora(unet, targets=("attn2.to_v",))
+    expected = step(unet)
+    attentions = [module for name, module in unet.named_modules() if name.endswith("attn1")]
+    products = []
+    lit_kernels.patch(unet, ["bank_lora"], "fallback")
+    for joint in (False, True):
+        for attention in attentions:
+            attention.processor.joint = joint
+        with Calls() as calls:
+            assert_same(step(unet), expected)
+        products.append(calls.of["aten::mm"])
+    # q, k and v of one layer forward, and backward but for the first, which no factor lies before.
+    assert products[0] - products[1] == 2 * (2 * len(attentions) - 1)
+    for attention in attentions:
+        q, k, v = (getattr(attention, part).weight for part in ("to_q", "to_k", "to_v"))
+        assert k.data_ptr() - q.data_ptr() == v.data_ptr() - k.data_ptr() == q.nbytes
+
+    first, second, *others = attentions
+    first.to_k.weight.requires_grad_()
+    hook = second.to_v.register_forward_hook(lambda _module, _args, _y: None)
+    with Calls() as calls, torch.no_grad():
+        unet(torch.ones(1, 4, 8, 8), 3, torch.ones(1, 7, 24))
+    hook.remove()
+    with Calls() as fewer, torch.no_grad():
+        unet(torch.ones(1, 4, 8, 8), 3, torch.ones(1, 7, 24))
+    assert calls.of["aten::mm"] - fewer.of["aten::mm"] == 2
+    assert step(unet).keys() - expected.keys() == {n for n, p in unet.named_parameters() if p is first.to_k.weight}
+
+
 def test_nothing_is_divided_by_one(unet: Any) -> None:
     lora(unet, targets=("attn2.to_v",))
     expected = step(unet)
