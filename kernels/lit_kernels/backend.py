@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lit_kernels import dispatch
+from lit_kernels.table_files import Key
 
 Backend = Literal["auto", "triton", "fallback", "reference"]
 Path = Literal["triton", "fallback", "reference"]
@@ -51,7 +52,7 @@ def why_not_triton(device: torch.device) -> str:
 
 
 def choose(
-    operator: str, backend: Backend, device: torch.device, unsupported: str = "", key: dispatch.Key | None = None
+    operator: str, backend: Backend, device: torch.device, unsupported: str = "", key: Key | None = None
 ) -> Path:
     """The path to take.
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lit_kernels import dispatch
+from lit_kernels import dispatch, table_files
 from lit_kernels.baselines import Baseline
 from lit_kernels.measuring import Built, Case
 from lit_kernels.timing import Bench, backward_of, do_bench
@@ -26,32 +26,32 @@ Tiles = dict[tuple[str, str], str]
 
 def tune(
     cases: Iterable[Case], file: Path, gpu: str, device: torch.device, bench: Bench = do_bench
-) -> Iterator[dispatch.Entry]:
+) -> Iterator[table_files.Entry]:
     """Add what is missing to a table, which is written after each case; yield what was added.
 
     Raises:
         ValueError: The file is there and is no table.
         OSError: It cannot be written.
     """
-    entries = dispatch.read(file) if file.exists() else []
+    entries = table_files.read(file) if file.exists() else []
     for case in cases:
         key = key_of(case)
         if any(entry.key == key for entry in entries):
             continue
         entries.append(measured(case.build(device), key, bench))
-        dispatch.write(file, gpu, entries)
+        table_files.write(file, gpu, entries)
         dispatch.forget()
         yield entries[-1]
 
 
-def key_of(case: Case) -> dispatch.Key:
+def key_of(case: Case) -> table_files.Key:
     """What the operator looks a case up by; nothing is computed."""
     with dispatch.trying() as trial:
         case.build(torch.device("meta")).run("triton")
     return trial.asked[0]
 
 
-def measured(built: Built, key: dispatch.Key, bench: Bench) -> dispatch.Entry:
+def measured(built: Built, key: table_files.Key, bench: Bench) -> table_files.Entry:
     """The entry of one case."""
     way = Baseline(lambda: built.run("triton"), built.learning)
     tiles, tried = _best_tiles(way, key.operator, bench)
@@ -59,7 +59,7 @@ def measured(built: Built, key: dispatch.Key, bench: Bench) -> dispatch.Entry:
     fits = all(tried.values())
     kernels = _unless_too_large(lambda: _step_of(way), best, bench) if fits else None
     plain = bench(_step_of(Baseline(lambda: built.run("fallback"), built.learning)))
-    return dispatch.Entry(
+    return table_files.Entry(
         operator=key.operator,
         dtype=str(key.dtype).removeprefix("torch."),
         sizes=dict(key.sizes),

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lit_kernels import dispatch, measuring
+from lit_kernels import dispatch, measuring, table_files
 from lit_personalize.errors import UsageError
 
 BATCHES = (1, 2, 4, 8, 16)
@@ -63,9 +63,9 @@ def tuned(batches: Sequence[int], only: Sequence[str] | None, folder: Path | Non
     device = torch.device("cuda", torch.cuda.current_device())
     gpu = dispatch.gpu_of(device)
     try:
-        file = dispatch.file_of(gpu, folder or dispatch.own_folder())
+        file = table_files.file_of(gpu, folder or table_files.own_folder())
         if file.exists():
-            dispatch.read(file)
+            table_files.read(file)
     except ValueError as error:
         raise UsageError(str(error)) from error
     return file, tune(cases, file, gpu, device)

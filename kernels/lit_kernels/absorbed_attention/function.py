@@ -10,7 +10,7 @@ from torch import Tensor
 from lit_kernels import backend as backends
 from lit_kernels import dispatch
 from lit_kernels.absorbed_attention import fallback, reference
-from lit_kernels.dispatch import Key
+from lit_kernels.table_files import Key
 
 NAME = "absorbed_attention"
 MAX_KEYS = 128

@@ -35,8 +35,8 @@ class KeptText:
     """Of `absorbed_attention`; None absorbs nothing."""
     seen: int = 0
     """How many passes have."""
-    _layers: dict[str, Absorbed | None] = field(default_factory=dict)
-    _prompts: int = 0
+    _layers: dict[str, Absorbed | None] = field(default_factory=dict, init=False)
+    _prompts: int = field(default=0, init=False)
 
     def is_of(self, text: Tensor, strength: float) -> bool:
         """Whether this is the same tensor, or another view of its very memory, and as strong."""

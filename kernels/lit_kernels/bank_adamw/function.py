@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_kernels import backend as backends
 from lit_kernels.bank_adamw import fallback, reference
-from lit_kernels.dispatch import Key
+from lit_kernels.table_files import Key
 
 NAME = "bank_adamw"
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lit_kernels import backend as backends
 from lit_kernels.bank_lora import fallback, reference
-from lit_kernels.dispatch import Key, padded_rank
+from lit_kernels.dispatch import padded_rank
+from lit_kernels.table_files import Key
 
 NAME = "bank_lora"
 MAX_RANK = 64

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lit_kernels import backend as backends
-from lit_kernels.dispatch import Key
 from lit_kernels.frozen_geglu import reference
+from lit_kernels.table_files import Key
 
 NAME = "frozen_geglu"
 

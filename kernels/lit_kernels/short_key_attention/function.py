@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lit_kernels import backend as backends
-from lit_kernels.dispatch import Key
 from lit_kernels.short_key_attention import fallback, reference
+from lit_kernels.table_files import Key
 
 NAME = "short_key_attention"
 MAX_KEYS = 128

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lit_kernels import backend as backends
-from lit_kernels.dispatch import Key, padded_rank
+from lit_kernels.dispatch import padded_rank
 from lit_kernels.packing import packed
+from lit_kernels.table_files import Key
 from lit_kernels.text_kv import fallback, reference
 
 NAME = "text_key_values"

@@ -17,9 +17,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lit_kernels
-from lit_kernels import dispatch, measuring
-from lit_kernels.dispatch import Entry, Key
+from lit_kernels import dispatch, measuring, table_files
+from lit_kernels.absorbed_attention.layers import KeptText
 from lit_kernels.frozen_geglu import frozen_geglu
+from lit_kernels.table_files import Entry, Key
 from lit_kernels.tuning import key_of
 
 GPU = "NVIDIA Test GPU 80GB"
@@ -31,7 +32,7 @@ Put = Callable[..., Path]
 
 
 def cases(dtype: torch.dtype = torch.float16) -> list[measuring.Case]:
-    """One of each operator that looks itself up."""
+    """One of each operator."""
     return list({case.operator: case for case in measuring.cases(2, dtype, SMALL, BANK)}.values())
 
 
@@ -47,13 +48,13 @@ def key(rank: int = 16, **sizes: int) -> Key:
 @pytest.fixture
 def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Put]:
     """`put(*entries)` makes a table of them for the GPU that every device now is."""
-    monkeypatch.setenv(dispatch.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(table_files.VARIABLE, str(tmp_path))
     monkeypatch.setattr(dispatch, "gpu_of", functools.cache(lambda device: GPU))
     dispatch.forget()
 
     def write(*entries: Entry) -> Path:
-        file = dispatch.file_of(GPU, tmp_path)
-        dispatch.write(file, GPU, entries)
+        file = table_files.file_of(GPU, tmp_path)
+        table_files.write(file, GPU, entries)
         dispatch.forget()
         return file
 
@@ -78,7 +79,10 @@ def path_of(run: Callable[[Any], Any], backend: str) -> str:
     return "triton" if seen.ran else "fallback"
 
 
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.operator)
+LOOKS_ITSELF_UP = [case for case in cases() if case.operator != "absorbed_attention"]
+
+
+@pytest.mark.parametrize("case", LOOKS_ITSELF_UP, ids=lambda case: case.operator)
 def test_auto_takes_what_was_faster(case: measuring.Case, put: Put) -> None:
     built = case.build(META)
     assert path_of(built.run, "auto") == "triton", "nothing is known of it"
@@ -87,6 +91,27 @@ def test_auto_takes_what_was_faster(case: measuring.Case, put: Put) -> None:
     assert path_of(built.run, "triton") == "triton", "asked for by name"
     put(entry(key_of(case), "triton"))
     assert path_of(built.run, "auto") == "triton"
+
+
+def test_a_layer_is_absorbed_unless_it_was_faster_as_it_is(put: Put) -> None:
+    """`absorbed_attention` replaces a layer, so that the layer asks."""
+    from diffusers.models.attention_processor import Attention
+
+    attention = Attention(1280, cross_attention_dim=768, heads=8, dim_head=160).to(META, torch.float16).eval()
+    attention.requires_grad_(False)
+    shapes = ((77, 768), (77, 1280), (1024, 1280))
+    text, states, x = (torch.empty(1, *shape, device=META, dtype=torch.float16) for shape in shapes)
+
+    def absorbed() -> bool:
+        kept = KeptText(text, 1.0, {"attn2": (states, states)}, 30, "auto", seen=2)
+        return kept.attend("attn2", attention, x) is not None
+
+    known = Key("absorbed_attention", torch.float16, {"keys": 80, "rows": 1024, "heads": 8, "width": 1280})
+    assert absorbed(), "nothing is known of it"
+    put(entry(known, "fallback"))
+    assert not absorbed()
+    put(entry(known, "triton"))
+    assert absorbed()
 
 
 def test_a_size_in_between_goes_to_the_nearest_by_ratio(put: Put) -> None:
@@ -126,13 +151,13 @@ def test_what_is_unknown_takes_the_default(put: Put, monkeypatch: pytest.MonkeyP
 
 def test_the_folder_that_is_named_comes_before_the_packages(put: Put, tmp_path: Path, monkeypatch: Any) -> None:
     own = tmp_path / "own"
-    dispatch.write(dispatch.file_of(GPU, own), GPU, [entry(key(rows=5), "fallback")])
+    table_files.write(table_files.file_of(GPU, own), GPU, [entry(key(rows=5), "fallback")])
     monkeypatch.setattr(dispatch, "FOLDER", own)
     dispatch.forget()
     assert dispatch.path(key(rows=5), META) == "fallback", "the package's, since the named one has none of this GPU"
     put(entry(key(rows=5), "triton"))
     assert dispatch.path(key(rows=5), META) == "triton"
-    monkeypatch.setenv(dispatch.VARIABLE, str(tmp_path / "gone"))
+    monkeypatch.setenv(table_files.VARIABLE, str(tmp_path / "gone"))
     dispatch.forget()
     with pytest.raises(ValueError, match=r"LIT_KERNELS_TABLES=.*gone: there is no such folder; unset it, or make"):
         dispatch.path(key(rows=5), META)
@@ -183,10 +208,10 @@ def test_a_table_is_written_whole_or_not_at_all(put: Put, monkeypatch: pytest.Mo
     before = file.read_text()
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
-            patch.setattr(dispatch.os, name, _full)
-            dispatch.write(file, GPU, [entry(key(rows=6))])
+            patch.setattr(table_files.os, name, _full)
+            table_files.write(file, GPU, [entry(key(rows=6))])
         assert file.read_text() == before and list(file.parent.iterdir()) == [file]
-    assert dispatch.read(file) == [entry(key(rows=5), "fallback")]
+    assert table_files.read(file) == [entry(key(rows=5), "fallback")]
 
 
 def _full(*arguments: Any) -> None:
@@ -216,8 +241,8 @@ def test_importing_the_package_imports_neither_the_compiler_nor_triton() -> None
 
 
 def test_a_name_is_a_file_name_and_tables_are_in_the_wheel() -> None:
-    assert dispatch.file_of("NVIDIA A100-SXM4/80GB", Path("t")) == Path("t/NVIDIA-A100-SXM4-80GB.json")
+    assert table_files.file_of("NVIDIA A100-SXM4/80GB", Path("t")) == Path("t/NVIDIA-A100-SXM4-80GB.json")
     told = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
-    assert f"{dispatch.FOLDER.name}/*.json" in told["tool"]["setuptools"]["package-data"]["lit_kernels"]
-    for file in dispatch.FOLDER.glob("*.json"):
-        assert dispatch.read(file), "the tables that the package brings along can be read"
+    assert f"{table_files.FOLDER.name}/*.json" in told["tool"]["setuptools"]["package-data"]["lit_kernels"]
+    for file in table_files.FOLDER.glob("*.json"):
+        assert table_files.read(file), "the tables that the package brings along can be read"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from lit_kernels import dispatch, measuring
+from lit_kernels import dispatch, measuring, table_files
 from lit_kernels.compiling import shipped
 from lit_kernels.tuning import key_of, tune
 from lit_personalize.cli.main import main
@@ -41,7 +41,7 @@ def by_hand(costs: Mapping[str, float], plain: float = 50.0, broken: str = "") -
     return bench
 
 
-def tuned(file: Path, bench: Callable[..., float], *operators: str) -> list[dispatch.Entry]:
+def tuned(file: Path, bench: Callable[..., float], *operators: str) -> list[table_files.Entry]:
     return list(tune([case_of(name) for name in operators], file, GPU, CPU, bench))
 
 
@@ -71,7 +71,7 @@ def test_a_tile_that_the_gpu_has_no_room_for_is_left_out(tmp_path: Path) -> None
     assert one.tiles["forward"] == "4x256x0, 4 warps, 3 stages" and len(one.tried_us["forward"]) == 1
     (none,) = tuned(tmp_path / "none.json", by_hand({}, broken="x256"), "frozen_geglu")
     assert (none.path, none.triton_us, none.tiles) == ("fallback", None, {})
-    assert dispatch.read(tmp_path / "none.json") == [none]
+    assert table_files.read(tmp_path / "none.json") == [none]
 
 
 def test_what_is_there_is_not_measured_again(tmp_path: Path) -> None:
@@ -87,7 +87,8 @@ def test_what_is_there_is_not_measured_again(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         tuned(file, bench, "frozen_geglu", "bank_adamw")
-    assert [entry.operator for entry in dispatch.read(file)] == ["frozen_geglu"] and list(tmp_path.iterdir()) == [file]
+    assert [entry.operator for entry in table_files.read(file)] == ["frozen_geglu"]
+    assert list(tmp_path.iterdir()) == [file]
     timed[:] = [""] * 8
 
     def counted(run: Callable[[], Any]) -> float:
@@ -96,7 +97,7 @@ def test_what_is_there_is_not_measured_again(tmp_path: Path) -> None:
 
     again = tuned(file, counted, "frozen_geglu", "bank_adamw")
     assert [entry.operator for entry in again] == ["bank_adamw"] and timed.count("again") == 2
-    assert [entry.operator for entry in dispatch.read(file)] == ["frozen_geglu", "bank_adamw"]
+    assert [entry.operator for entry in table_files.read(file)] == ["frozen_geglu", "bank_adamw"]
     assert tuned(file, by_hand({}), "frozen_geglu", "bank_adamw") == []
 
 
