@@ -18,12 +18,13 @@ mkdir -p "$out"
 piece() {
   case $1 in
     tests)
-      # Two files compare whole UNets on the CPU, in the interpreter. A failure is kept, and the other pieces go on.
+      # Whole UNets are compared on the CPU, in the interpreter. A failure is kept, and the other pieces go on.
       [ -e "$out/tests.txt" ] || {
-        "$PYTHON" -m pytest -q tests/kernels --ignore tests/kernels/lit_kernels/test_patching.py \
-          --ignore tests/kernels/lit_kernels/test_training.py > "$out/tests.tmp" 2>&1 || true
+        whole=$(printf 'tests/kernels/lit_kernels/test_%s.py ' patching training frozen)
+        "$PYTHON" -m pytest -q tests/kernels $(printf -- '--ignore %s ' $whole) > "$out/tests.tmp" 2>&1 || true
+        TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= "$PYTHON" -m pytest -q $whole >> "$out/tests.tmp" 2>&1 || true
         mv "$out/tests.tmp" "$out/tests.txt"
-        tail -n 30 "$out/tests.txt"
+        grep -E '^(FAILED|ERROR|[0-9]+ (passed|failed))' "$out/tests.txt" || tail -n 30 "$out/tests.txt"
       }
       ;;
     compile) "$PYTHON" -m lit_personalize profile compile --out "$out" ;;
@@ -46,7 +47,7 @@ piece() {
       ;;
     sd15 | sdxl)
       for batch in 1 4 2 8 16; do
-        for targets in attention key_value none; do
+        for targets in attention key_value full_key_value none; do
           "$PYTHON" kernels/benchmarks/step.py --size "$1" --targets "$targets" --batch "$batch" --out "$out"
         done
       done

@@ -2,13 +2,14 @@
 
     python kernels/benchmarks/step.py --size sdxl --targets attention --batch 1 --out kernels/benchmarks/results
 
-Weights and inputs are random; a step is forward, backward and AdamW of LoRA factors (rank 8). Ways:
+Weights and inputs are random; a step is forward, backward and AdamW of what is trained: LoRA factors (rank 8), or with
+`--targets full_key_value` the K and V matrices of the text themselves, as Custom Diffusion does. Ways:
 
-* stock: frozen bf16 UNet, LoRA in fp32, autocast: what diffusers' training scripts do with PEFT.
-* casts_off: LoRA in bf16 and no autocast, so that PEFT casts nothing.
+* stock: frozen bf16 UNet, what is trained in fp32, autocast: what diffusers' training scripts do with PEFT.
+* casts_off: what is trained in bf16 and no autocast, so that nothing is cast.
 * compiled_blocks, compiled: the same with `torch.compile` of each block, of the whole UNet.
 * graph: casts_off with forward and backward in one CUDA graph.
-* kernels, kernels_graph, kernels_compiled_blocks: `lit_kernels.patch`, fp32 factors, no autocast.
+* kernels, kernels_graph, kernels_compiled_blocks: `lit_kernels.patch`, what is trained in fp32, no autocast.
 
 Each way is measured with stock beside it, in turn, so that a slower clock meets both and their ratio is of one run, and
 no more than two UNets are in memory. One JSON file for each (size, targets, batch), left alone if
@@ -37,6 +38,7 @@ import lit_kernels
 WAYS = (
     "stock", "casts_off", "compiled_blocks", "compiled", "graph", "kernels", "kernels_graph", "kernels_compiled_blocks",
 )  # fmt: skip
+FULL = "full_key_value"
 TINY = {
     "sample_size": 8, "cross_attention_dim": 32, "attention_head_dim": 2, "block_out_channels": (32,),
     "down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",), "layers_per_block": 1,
@@ -45,14 +47,17 @@ TINY = {
 
 
 def build(size: str, targets: str, device: torch.device, factors: torch.dtype) -> Any:
-    """A UNet in bf16 with LoRA, B not zero."""
+    """A UNet in bf16 with LoRA, B not zero, or with text K and V that learn."""
     from diffusers import UNet2DConditionModel
     from peft import LoraConfig
 
     with device:
         unet = UNet2DConditionModel(**(TINY if size == "tiny" else SIZES[size]))
     unet = unet.to(torch.bfloat16).requires_grad_(False).train()
-    if targets != "none":
+    if targets == FULL:
+        for name, weight in unet.named_parameters():
+            weight.requires_grad_(name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")))
+    elif targets != "none":
         unet.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=TARGETS[targets], init_lora_weights=False))
     for module in unet.modules():
         weight = getattr(module, "weight", None)
@@ -180,7 +185,7 @@ def _wait(device: torch.device) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--size", choices=("tiny", *SIZES), required=True)
-    parser.add_argument("--targets", choices=TARGETS, default="attention")
+    parser.add_argument("--targets", choices=(*TARGETS, FULL), default="attention")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--ways", nargs="+", choices=WAYS)

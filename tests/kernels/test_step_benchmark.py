@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FOLDER = Path(__file__).parents[2] / "kernels/benchmarks"
 
 
@@ -19,11 +21,13 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
 
 
-def test_ways_are_measured_side_by_side_and_once(tmp_path: Path) -> None:
-    given = ["--size", "tiny", "--steps", "2", "--ways", "stock", "kernels", "--out", str(tmp_path)]
+@pytest.mark.parametrize("targets", ["attention", "full_key_value"])
+def test_ways_are_measured_side_by_side_and_once(tmp_path: Path, targets: str) -> None:
+    given = ["--size", "tiny", "--targets", targets, "--steps", "2", "--out", str(tmp_path)]
+    given += ["--ways", "stock", "kernels"]
     done = run(*given)
     assert done.returncode == 0, done.stderr
-    path = tmp_path / "step-tiny-attention-batch1.json"
+    path = tmp_path / f"step-tiny-{targets}-batch1.json"
     report = json.loads(path.read_text())
     assert list(report["ways"]) == ["stock", "kernels"] and not report["failed"]
     assert all(way["ms"] >= way["cpu_ms"] > 0 and way["stock_ms"] > 0 for way in report["ways"].values())

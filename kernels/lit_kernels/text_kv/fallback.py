@@ -28,7 +28,7 @@ def text_key_values(
     found: list[Tensor] = [text] * len(weights)
     for width, run in groupby(range(len(weights)), key=lambda g: len(weights[g])):
         members = list(run)
-        base = packed([weights[g] for g in members])
+        base = packed([weights[g] for g in members]).to(text.dtype)
         y = (text @ base.T).view(len(text), len(members), width).transpose(0, 1)
         if downs and scales is not None:
             rank = len(downs[0])

@@ -34,7 +34,8 @@ def text_key_values(
     Args:
         text_BSD: `[B, S, D]`, fp64, fp32, fp16 or bf16.
         weights: W of each slice, `[C, D]`, of any widths C; nothing is copied where they lie side by side in memory
-            (`lit_kernels.packing.lay_side_by_side`).
+            (`lit_kernels.packing.lay_side_by_side`). Of another dtype, as masters in fp32 are, they are cast to the
+            text's, and their gradients come back in their own.
         downs: A of each slice, `[R, D]`, all of one rank; none for the projections alone. Any dtype: products are
             taken in the text's, and gradients come back in the factors' own.
         ups: B of each slice, `[C, R]`.
@@ -66,7 +67,7 @@ def text_key_values(
     text = text_BSD.reshape(batch * tokens, depth)
     text = text if text.stride(1) == 1 else text.contiguous()
     y, _ = torch.ops.lit_kernels.text_key_values(
-        text, packed(weights), down, packed(ups), scales, widths, tokens if detach_first_token else 0
+        text, packed(weights).to(text.dtype), down, packed(ups), scales, widths, tokens if detach_first_token else 0
     )
     return [part.unflatten(0, (batch, tokens)) for part in y.split(widths, dim=1)]
 

@@ -23,7 +23,7 @@ def text_key_values(
     """y = x Wᵀ + s · (x Aᵀ) Bᵀ for each slice (LoRA: Hu et al., 2021, arXiv 2106.09685, eq. 3).
 
     Args:
-        weights: W, `[C, D]` each.
+        weights: W, `[C, D]` each; of another dtype they are cast to the text's.
         downs: A, `[R, D]` each; none for the projections alone.
         ups: B, `[C, R]` each.
         scales: s, `[G]`.
@@ -34,7 +34,7 @@ def text_key_values(
     """
     found = []
     for g, weight in enumerate(weights):
-        y = text_BSD @ weight.T
+        y = text_BSD @ weight.to(text_BSD.dtype).T
         if downs and scales is not None:
             y = y + scales[g] * (text_BSD @ downs[g].T) @ ups[g].T
         if detach_first_token:

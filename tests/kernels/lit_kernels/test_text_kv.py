@@ -157,6 +157,25 @@ def test_projections_alone(device: torch.device) -> None:
     torch.testing.assert_close(found["auto"], found["reference"])
 
 
+@pytest.mark.parametrize(
+    ("factors", "backend"), [(False, "reference"), (False, "fallback"), (True, "fallback"), (True, "triton")]
+)
+def test_masters_in_fp32_beside_half_precision(device: torch.device, factors: bool, backend: Any) -> None:
+    """W is rounded to the text's dtype, and learns in its own."""
+    case = Case(2, 9, 32, (16, 24), 4)
+    given = inputs(case, torch.float16, device, factors=torch.float32)
+    downs, ups = ([given[f"{n}{i}"] for i in range(2)] if factors else [] for n in "ab")
+    results = []
+    for dtype in (torch.float32, torch.float16):
+        weights = [given[f"w{i}"].to(dtype).requires_grad_() for i in range(2)]
+        ys = text_key_values(given["text"], weights, downs, ups, given["scales"] if factors else None, False, backend)
+        torch.autograd.backward(ys, [given[f"grad{i}"] for i in range(2)])
+        results.append([*ys, *(w.grad for w in weights)])
+    assert [x.dtype for x in results[0]] == [torch.float16] * 2 + [torch.float32] * 2
+    for master, rounded in zip(*results, strict=True):
+        assert torch.equal(master.half(), rounded)
+
+
 def operands(device: torch.device, learns: bool) -> tuple[Any, ...]:
     case = Case(2, 7, 16, (8, 24), 2)
     given = inputs(case, torch.float32, device)
