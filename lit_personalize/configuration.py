@@ -130,6 +130,7 @@ def build_parser() -> LightningArgumentParser:
     parser.add_argument("--root", type=str, default="runs", help="folder of run directories")
     parser.add_argument("--resume", type=Literal["auto", "never", "must"], default="auto", help="continue a run")
     parser.add_argument("--recipe", type=str, default="", help="method's name on cards; default: that of -c RECIPE")
+    parser.add_argument("--slurm", type=dict[str, Any] | None, default=None, help="for `litp slurm`; unread here")
     parser.add_argument("--ema", type=float | None, default=None, help="decay of the average of the adapters")
     parser.add_class_arguments(Sampling, "sampling")
     parser.add_class_arguments(Checkpointing, "checkpoint")
@@ -176,10 +177,11 @@ def parse(arguments: Sequence[str]) -> tuple[LightningArgumentParser, Namespace]
 def resolved_text(parser: LightningArgumentParser, config: Namespace) -> str:
     """The configuration as YAML that alone repeats the run.
 
-    Without `recipe`: that is a name and changes nothing, so a run stays finished whatever it is called.
+    Without `recipe` and `slurm`: a name and a place change nothing, so a run stays finished whatever they are.
     """
     kept = config.clone()
-    kept.pop("recipe", None)
+    for key in ("recipe", "slurm"):
+        kept.pop(key, None)
     return str(parser.dump(kept, skip_validation=True))
 
 

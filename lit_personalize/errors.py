@@ -37,6 +37,12 @@ class RunLockedError(LitpError):
     exit_code = 2
 
 
+class PreemptedError(LitpError):
+    """A signal ended the training after it was saved; a job script queues it again."""
+
+    exit_code = 75
+
+
 class RankLostError(LitpError):
     """Another rank of the training ended; `exit_code` is its own where that is known, else 1."""
 

@@ -22,13 +22,13 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import LambdaCallback, Timer
 
-from lit_personalize import checkpoints, preflight
+from lit_personalize import checkpoints, preflight, stop_signals
 from lit_personalize.adapters.protocol import AdapterWeights
 from lit_personalize.adapters.token_embedding import CLASS
 from lit_personalize.batch import Role
 from lit_personalize.configuration import instantiate, parse, resolved_text
 from lit_personalize.devices import device_of
-from lit_personalize.errors import UsageError
+from lit_personalize.errors import PreemptedError, UsageError
 from lit_personalize.export.card import write_card
 from lit_personalize.export.exporter import Exported, export
 from lit_personalize.export.verify import verify
@@ -49,6 +49,7 @@ def fit(arguments: Sequence[str]) -> RunDirectory:
         UsageError: The configuration, or another owner of the run.
         DataError: An input.
         KeyboardInterrupt: After saving.
+        PreemptedError: A cluster's notice, after saving.
     """
     parser, config = parse(arguments)
     run = RunDirectory(config.root, config.name).create()
@@ -226,6 +227,7 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> bool:
         record()
         return True
     prepare_data(built, run)
+    stop_signals.heed("before the first step")
     if found:
         whole = f"{steps}" if steps >= 0 else f"{built.trainer.max_epochs} epochs"
         log.info("run %s: resumed at step %d of %s", run.name, found.step, whole)
@@ -240,6 +242,11 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> bool:
         start = str(found.state) if found else None
         trainer.fit(built.model, datamodule=built.data, ckpt_path=start, weights_only=True)
     except SystemExit as exit_:  # Lightning turns Ctrl-C into an exit of its own
+        if keeper.preempted:
+            if is_rank_zero():
+                run.note_preemption(f"{keeper.preempted} step={keeper.last_saved}")
+            stop = f"{keeper.preempted}: saved at step {keeper.last_saved}; the same command continues"
+            raise PreemptedError(stop) from exit_
         if keeper.interrupted:
             raise KeyboardInterrupt(f"saved at step {keeper.last_saved}; the same command continues") from exit_
         raise

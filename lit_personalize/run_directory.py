@@ -24,6 +24,8 @@ from lit_personalize.errors import RunLockedError, UsageError
 log = logging.getLogger(__name__)
 PACKAGES = ("lit-personalize", "lightning", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy")
 
+JOB = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
+
 
 class RunDirectory:
     """`<root>/<name>/`. Making the object writes nothing; `create` and `lock` do.
@@ -148,11 +150,19 @@ class RunDirectory:
         described = ({"recipe": recipe} if recipe else {}) | describe_environment()
         return self.write_text(self.environment.name, json.dumps(described, indent=1) + "\n")
 
+    def note_preemption(self, what: str) -> Path:
+        """Add a line with its time, and the job where there is one, to preempt.log."""
+        path = self.path / "preempt.log"
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        job = {name.removeprefix("SLURM_").lower(): os.environ[name] for name in JOB if name in os.environ}
+        words = [_now(), what, *(f"{name}={value}" for name, value in job.items())]
+        return self.write_text(path.name, f"{before}{' '.join(words)}\n")
+
     # ---- finishing --------------------------------------------------------------------------------
 
     def mark_finished(self, config: str) -> None:
         """Note that training by the text of this configuration is at its end, and that its files are exported."""
-        note = {"config_sha256": _sha256(config), "step": self._newest_step(), "files": self._result_sizes()}
+        note = {"config_sha256": _sha256(config), "step": self.newest_step(), "files": self._result_sizes()}
         self.write_text("exports/finished.json", json.dumps(note, indent=1) + "\n")
 
     def finished_at(self, config: str) -> int | None:
@@ -163,13 +173,14 @@ class RunDirectory:
         try:
             note = json.loads(self.finished.read_text(encoding="utf-8"))
             same = note["config_sha256"] == _sha256(config) == _sha256(self.config.read_text(encoding="utf-8"))
-            if same and note["files"] == self._result_sizes() and note["step"] == self._newest_step():
+            if same and note["files"] == self._result_sizes() and note["step"] == self.newest_step():
                 return int(note["step"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None  # no note, or none that can be read: finishing again does no harm
         return None
 
-    def _newest_step(self) -> int:
+    def newest_step(self) -> int:
+        """Step of the newest checkpoint, unchecked; 0 without one."""
         return max((step for step, _ in checkpoints.published(self.checkpoints)), default=0)
 
     def _result_sizes(self) -> dict[str, int]:

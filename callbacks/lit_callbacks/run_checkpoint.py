@@ -1,15 +1,13 @@
-"""Publish checkpoints at optimizer-step boundaries: every so many steps, at the end, and on Ctrl-C."""
+"""Publish checkpoints at optimizer-step boundaries: every so many steps, at the end, and where a signal asks for it."""
 
 from __future__ import annotations
 
 import logging
 import math
 import signal
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -19,7 +17,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from lit_callbacks.direct_checkpoint_io import DirectCheckpointIO
-from lit_personalize import atomic, checkpoints
+from lit_personalize import atomic, checkpoints, stop_signals
 from lit_personalize.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -29,7 +27,8 @@ class RunCheckpoint(Callback):
     """Keep the run resumable.
 
     A full disk costs a message and the next try comes `every` steps later; only at the end of training it is an
-    error. State that is not finite is never published. Ctrl-C (once) and SIGTERM save at the next step boundary.
+    error. State that is not finite is never published. Ctrl-C (once) and a cluster's notice (`stop_signals`), given to
+    any rank, have all ranks save at the next step boundary and end.
 
     Args:
         folder: `checkpoints/` of the run.
@@ -59,11 +58,12 @@ class RunCheckpoint(Callback):
         self.best: dict[str, Any] | None = None
         self.interrupted = False
         """Whether training was ended by a signal, after saving."""
+        self.preempted = ""
+        """The notice that did it; empty for Ctrl-C."""
         self.last_saved: int | None = None
         """Step of the newest checkpoint that this process published or resumed from."""
         self._boundary = 0
-        self._stop = False
-        self._previous_handler: Any = None
+        self._give_back: Callable[[], None] = lambda: None
         self._closed: tuple[int, dict[str, Any]] | None = None  # a step that ended an epoch, and the loops' state
 
     # ---- hooks ------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ class RunCheckpoint(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to train beside newer checkpoints, and listen for Ctrl-C."""
         self._boundary = trainer.global_step
-        self._stop = self.interrupted = False
+        self.interrupted, self.preempted = False, ""
         if trainer.is_global_zero:
             checkpoints.clear_leftovers(self.folder)
         found = checkpoints.find_complete(self.folder)
@@ -87,8 +87,8 @@ class RunCheckpoint(Callback):
                 f"{trainer.global_step}: resume from {found.path.name} or choose another run name"
             )
         self.last_saved = found.step if found is not None and found.step == trainer.global_step else None
-        if threading.current_thread() is threading.main_thread():
-            self._previous_handler = signal.signal(signal.SIGINT, self._on_interrupt)
+        # After Lightning's own handler of TERM, which talks to other ranks in the midst of a step.
+        self._give_back = stop_signals.listen(signal.SIGINT, *stop_signals.NOTICES)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -97,11 +97,15 @@ class RunCheckpoint(Callback):
         if trainer.global_step == self._boundary:
             return  # gradients are still being accumulated
         self._boundary = step = trainer.global_step
-        stop = self._agree(trainer, self._stop or trainer.received_sigterm)
+        noted = stop_signals.noted
+        stop = self._agree(trainer, noted.interrupt or noted.notice is not None)
         if stop or step % self.every == 0 or step == trainer.max_steps:
             self.save(trainer)
-        if stop and self._agree(trainer, self._stop):  # a rank that was not told would wait for the others for ever
+        if stop:
+            if self._agree(trainer, noted.notice is not None):
+                self.preempted = noted.notice.name if noted.notice is not None else "another rank's notice"
             self.interrupted = True
+            noted.clear()
             raise KeyboardInterrupt
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -110,7 +114,7 @@ class RunCheckpoint(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the last step if it is not saved yet; here a full disk is an error."""
-        self._restore_handler()
+        self._give_back()
         if self.last_saved != trainer.global_step:
             self.save(trainer, final=True)
 
@@ -131,8 +135,8 @@ class RunCheckpoint(Callback):
                 epochs.update(ready=done + 1, started=done + 1, processed=done, completed=done)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give Ctrl-C back; an exception inside a step leaves nothing that could be saved."""
-        self._restore_handler()
+        """Give the signals back; an exception inside a step leaves nothing that could be saved."""
+        self._give_back()
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -217,20 +221,6 @@ class RunCheckpoint(Callback):
         sign = 1 if self.mode == "max" else -1
         if math.isfinite(value) and (self.best is None or sign * value > sign * self.best["value"]):
             self.best = {"step": trainer.global_step, "metric": self.best_metric, "value": value}
-
-    # ---- signals ----------------------------------------------------------------------------------
-
-    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
-        """Ask for a save at the next step boundary; a second Ctrl-C ends at once, without saving."""
-        if self._stop:
-            raise KeyboardInterrupt
-        self._stop = True
-        log.warning("Ctrl-C: saving after this step; press it again to stop at once without saving")
-
-    def _restore_handler(self) -> None:
-        if self._previous_handler is not None and signal.getsignal(signal.SIGINT) == self._on_interrupt:
-            signal.signal(signal.SIGINT, self._previous_handler)
-        self._previous_handler = None
 
     @staticmethod
     def _agree(trainer: pl.Trainer, flag: bool, unanimous: bool = False) -> bool:

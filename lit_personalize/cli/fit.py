@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from lit_personalize.cli.console import JSON_HELP, configure_logging, report_run
+from lit_personalize.errors import PreemptedError
+from lit_personalize.stop_signals import NOTICES, listen
 
 
 def main(arguments: list[str]) -> int:
@@ -16,10 +18,18 @@ def main(arguments: list[str]) -> int:
         parser.epilog = f"--json: {JSON_HELP}"
         parser.print_help()
         return 0
-    from lit_personalize.fitting import fit
-    from lit_personalize.ranks import is_rank_zero
+    give_back = listen(*NOTICES)  # imports take their time, and an unheard notice ends the process
+    try:
+        from lit_personalize.fitting import fit
+        from lit_personalize.ranks import is_rank_zero
 
-    run = fit(arguments)
+        run = fit(arguments)
+    except PreemptedError:
+        raise  # the first rank that ends has the others told to end, which they do with this code
+    except BaseException:
+        give_back()
+        raise
+    give_back()
     if is_rank_zero():
         report_run(run.path, as_json)
     return 0

@@ -25,6 +25,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "data": ("data", "check the pictures of a configuration, or draw what the model sees"),
     "gallery": ("gallery", "write a page of adapters with their pictures and files"),
     "runs": ("runs", "list runs, or show one"),
+    "slurm": ("slurm", "write, submit and list the job scripts of a cluster"),
     "profile": ("profile", "show where a step's time goes, and what kernels take"),
     "doctor": ("doctor", "report versions, devices and known problems"),
     "world": ("world", "render pictures of the embedded world, or build its base"),
@@ -49,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit code (0 ok, 2 usage, 3 data, 4 verification, 130 interrupted)."""
+    """Run a verb; returns the exit code (0 ok, 2 usage, 3 data, 4 verification, 75 preempted, 130 interrupted)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0] in VERBS:
         return _run(given[0], given[1:])

@@ -151,21 +151,29 @@ def assert_same_but_guard(a: dict[str, Any], b: dict[str, Any]) -> None:
     assert_same({**a, "callbacks": {}}, {**b, "callbacks": {}})
 
 
-def test_interrupt_saves_at_a_step_boundary(base: Path, tmp_path: Path, undisturbed: Any) -> None:
-    """Ctrl-C in the middle of step 3."""
+@pytest.mark.parametrize(
+    ("sent", "preempted"), [(["SIGINT"], ""), (["SIGUSR2"], "SIGUSR2"), (["SIGTERM", "SIGUSR1"], "SIGTERM")]
+)
+def test_a_signal_saves_at_a_step_boundary(
+    base: Path, tmp_path: Path, undisturbed: Any, sent: list[str], preempted: str
+) -> None:
+    """Ctrl-C, or a cluster's notice, in the middle of step 3; a second notice changes nothing."""
     import lightning.pytorch as pl
 
     class Press(pl.Callback):
         def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
             if trainer.global_step == 2:
-                signal.raise_signal(signal.SIGINT)
+                for name in sent:
+                    signal.raise_signal(signal.Signals[name])
 
-    before = signal.getsignal(signal.SIGINT)
+    numbers = (signal.SIGINT, *NOTICES)
+    before = [signal.getsignal(number) for number in numbers]
     saving = RunCheckpoint(tmp_path / "checkpoints", every=100)
     with pytest.raises(SystemExit):
         train(base, tmp_path, STEPS, [Press(), saving, AdapterEma(0.9), NonFiniteGuard(), Throughput()])
-    assert saving.interrupted
-    assert signal.getsignal(signal.SIGINT) == before
+    assert saving.interrupted and saving.preempted == preempted
+    assert [signal.getsignal(number) for number in numbers] == before
+    assert noted.notice is None and not noted.interrupt, "it was heeded; the next training is another one"
     assert_same(state(tmp_path, 3), undisturbed[3])
     train(base, tmp_path, STEPS, resume=True)
     assert_same(state(tmp_path, STEPS), undisturbed[STEPS])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -30,10 +29,8 @@ def slurm(*command: str) -> str:
 
 
 @pytest.fixture
-def submit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """Submit an array, or what depends on one, to a running Slurm whose jobs find this `litp`; gives its number."""
-    if shutil.which("sbatch") is None or subprocess.run(["squeue"], capture_output=True, timeout=60).returncode:
-        pytest.skip("no Slurm controller answers here")
+def submit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, slurm_box: None) -> Iterator[Callable[..., str]]:
+    """Submit an array, or what depends on one, to a Slurm whose jobs find this `litp`; gives its number."""
     program = tmp_path / "bin/litp"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m lit_personalize "$@"\n')
