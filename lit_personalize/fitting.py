@@ -270,6 +270,7 @@ def _out_of_time(trainer: pl.Trainer) -> bool:
 def quiet_lightning() -> None:
     """Leave out Lightning's notices that do not apply to a run with its own cursor and checkpoints."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*`srun` command is available on your system but is not used.*")
     warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`.*")
     warnings.filterwarnings("ignore", message="You have overridden `transfer_batch_to_device` in `LightningModule`.*")
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero.*")

@@ -20,6 +20,7 @@ from lit_callbacks.non_finite_guard import NonFiniteGuard
 from lit_callbacks.run_checkpoint import RunCheckpoint
 from lit_callbacks.throughput import Throughput
 from lit_personalize import checkpoints
+from lit_personalize.stop_signals import NOTICES, noted
 
 STEPS = 8
 
