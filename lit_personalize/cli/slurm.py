@@ -10,15 +10,18 @@ from typing import Any
 
 import yaml
 
+from lit_personalize.cli.console import JSON_HELP
 from lit_personalize.errors import UsageError
 from lit_personalize.recipe_files import RECIPES
 
-ABOUT = """litp slurm render|submit [--profile NAME] [--slurm.KEY VALUE ...] ARGUMENTS OF litp fit
+ABOUT = f"""litp slurm render|submit [--profile NAME] [--slurm.KEY VALUE ...] [--json] ARGUMENTS OF litp fit
        litp slurm status [ROOT] [--json]
 
 render prints the job script, submit writes it to ROOT/slurm/NAME/ and queues it, status lists jobs and steps.
 Options of the job are the section slurm: of a -c file, over those of the profile ~/.config/litp/slurm/NAME.yaml;
---slurm.KEY VALUE wins over both. With slurm.array, {task} in the run's name and other arguments is the task's index.
+--slurm.KEY VALUE wins over both. With slurm.array, {{task}} in the run's name and other arguments is the task's index.
+
+  --json       {JSON_HELP}
 """
 
 
@@ -26,7 +29,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: {ABOUT}\nslurm options:\n{_options_help()}")
         return 0 if arguments else 2
-    what, rest = arguments[0], arguments[1:]
+    what, rest, as_json = arguments[0], arguments[1:], "--json" in arguments
     if what == "status":
         return _status(rest)
     if what not in ("render", "submit"):
@@ -35,16 +38,16 @@ def main(arguments: list[str]) -> int:
     from lit_slurm.options import options_of, profile
     from lit_slurm.render import render
 
-    given = _Given(rest)
+    given = _Given([argument for argument in rest if argument != "--json"])
     options = options_of(profile(given.profile) if given.profile else None, *given.sections, given.overrides)
     folder = jobs.folder_of(Path(given.root).absolute(), given.name)
     text = render(options, given.name, given.arguments, folder)
     if what == "render":
-        print(text, end="")
+        print(json.dumps({"script": text}, indent=2) if as_json else text.rstrip("\n"))
         return 0
     job = jobs.submit(jobs.write(text, folder), given.name)
     print(f"job {job.job}: {job.script}", file=sys.stderr)
-    print(job.job)
+    print(json.dumps(vars(job), indent=2) if as_json else job.job)
     return 0
 
 

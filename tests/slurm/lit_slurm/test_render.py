@@ -157,6 +157,8 @@ def test_the_section_wins_over_the_profile_and_the_command_line_over_both(
     ending = f"-c lora/tinyworld -c {place}/run.yaml --trainer.max_steps 9 --name cat --root {place}/runs || status=$?"
     assert ending in text
     assert not (place / "runs").exists(), "render writes nothing"
+    assert main(["slurm", "render", "--json", "-c", "run.yaml"]) == 0
+    assert json.loads(capsys.readouterr().out)["script"].startswith("#!/usr/bin/env bash\n")
 
 
 @pytest.mark.parametrize(
