@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 from lit_personalize.cli.console import JSON_HELP, configure_logging, report_run
 from lit_personalize.errors import PreemptedError
 from lit_personalize.stop_signals import NOTICES, listen
@@ -25,7 +27,9 @@ def main(arguments: list[str]) -> int:
 
         run = fit(arguments)
     except PreemptedError:
-        raise  # the first rank that ends has the others told to end, which they do with this code
+        for number in NOTICES:  # the first rank that ends has the others told to end, which they do with this code
+            signal.signal(number, signal.SIG_IGN)
+        raise
     except BaseException:
         give_back()
         raise

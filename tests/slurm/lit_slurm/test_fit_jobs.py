@@ -99,7 +99,8 @@ def test_a_preempted_run_goes_on_and_ends_with_the_same_weights(place: Path) -> 
     assert 0 < step < STEPS
     until(lambda: not waiting(job), "the end of the run", log)
     told = log.read_text()
-    assert "exit code 75: queued again, restart 1 of at most 3" in told and f"resumed at step {step} of {STEPS}" in told
+    assert "Exited with exit code 75" in told and f"resumed at step {step} of {STEPS}" in told
+    assert ": queued again, restart 1 of at most 3" in told  # by 75, or by what Slurm ended a slower rank with
     assert f"USR2 step={step} job_id={job}" in (place / "runs/stopped/preempt.log").read_text()
     first, second = weights("straight"), weights("stopped")
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
