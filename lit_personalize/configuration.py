@@ -35,7 +35,7 @@ from lit_personalize.list_replacement import replace_lists
 from lit_personalize.objectives.denoising import Denoising
 from lit_personalize.objectives.merged_distillation import MergedDistillation
 from lit_personalize.objectives.prior_preservation import PriorPreservation
-from lit_personalize.recipe_files import RECIPES, method_of, names
+from lit_personalize.recipe_files import method_of, recipe_path
 
 OBJECTIVES: list[type] = [
     Denoising,
@@ -105,17 +105,6 @@ class Exporting:
 
     def __post_init__(self) -> None:
         Truncation(self.max_error, self.max_rank, self.energy, self.nuclear)  # refused before training, not after
-
-
-def recipe_path(name: str) -> Path:
-    """A configuration file: a path, or a shipped recipe such as "custom_diffusion/tinyworld"."""
-    for candidate in (Path(name), RECIPES / f"{name}.yaml", RECIPES / name):
-        if candidate.is_file():
-            return candidate
-    known = names()
-    close = difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean {close[0]!r}?" if close else f"recipes: {', '.join(known)}"
-    raise UsageError(f"no configuration file or recipe {name!r}; {hint}")
 
 
 CONFIG_HELP = "YAML file or recipe name; may be repeated: later ones win, mappings are merged, lists are replaced whole"

@@ -227,7 +227,7 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> bool:
         record()
         return True
     prepare_data(built, run)
-    stop_signals.heed("before the first step")
+    stop_signals.heed("stopped before the first step")
     if found:
         whole = f"{steps}" if steps >= 0 else f"{built.trainer.max_epochs} epochs"
         log.info("run %s: resumed at step %d of %s", run.name, found.step, whole)

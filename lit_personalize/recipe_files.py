@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from pathlib import Path
@@ -10,6 +11,17 @@ from lit_personalize.errors import UsageError
 
 RECIPES = Path(__file__).parent / "recipes"
 BASES = ("tinyworld", "sd15", "sd21", "sdxl")
+
+
+def recipe_path(name: str) -> Path:
+    """A configuration file: a path, or a shipped recipe such as "custom_diffusion/tinyworld"."""
+    for candidate in (Path(name), RECIPES / f"{name}.yaml", RECIPES / name):
+        if candidate.is_file():
+            return candidate
+    known = names()
+    close = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {close[0]!r}?" if close else f"recipes: {', '.join(known)}"
+    raise UsageError(f"no configuration file or recipe {name!r}; {hint}")
 
 
 def base_key(base: str) -> str:

@@ -88,6 +88,7 @@ class RunCheckpoint(Callback):
             )
         self.last_saved = found.step if found is not None and found.step == trainer.global_step else None
         # After Lightning's own handler of TERM, which talks to other ranks in the midst of a step.
+        stop_signals.noted.interrupt = False  # a Ctrl-C of an earlier training in this process; a notice still holds
         self._give_back = stop_signals.listen(signal.SIGINT, *stop_signals.NOTICES)
 
     def on_train_batch_end(

@@ -12,7 +12,7 @@ import yaml
 
 from lit_personalize.cli.console import JSON_HELP
 from lit_personalize.errors import UsageError
-from lit_personalize.recipe_files import RECIPES
+from lit_personalize.recipe_files import recipe_path
 
 ABOUT = f"""litp slurm render|submit [--profile NAME] [--slurm.KEY VALUE ...] [--json] ARGUMENTS OF litp fit
        litp slurm status [ROOT] [--json]
@@ -85,14 +85,13 @@ class _Given:
         self.arguments += ["--name", self.name, "--root", str(Path(self.root).absolute())]
 
     def _read(self, name: str) -> None:
-        candidates = (Path(name), RECIPES / f"{name}.yaml", RECIPES / name)
-        path = next((candidate for candidate in candidates if candidate.is_file()), None)
-        if path is None:
-            raise UsageError(f"no configuration file or recipe {name!r}")
+        path = recipe_path(name)
         try:
             found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (UnicodeDecodeError, yaml.YAMLError) as error:
             raise UsageError(f"{path} is not YAML: {error}") from error
+        if not isinstance(found, dict):
+            raise UsageError(f"{path} must hold options such as name: cat")
         self.sections.append(found.get("slurm"))
         self.name, self.root = str(found.get("name") or self.name), str(found.get("root") or self.root)
         self.arguments += ["-c", name if path != Path(name) else str(path.absolute())]
@@ -104,7 +103,10 @@ def _typed(name: str, value: str) -> Any:
 
     if isinstance(getattr(Options(), name, ""), str):
         return value
-    return yaml.safe_load(value)
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--slurm.{name}: {value!r} is not YAML") from error
 
 
 def _options_help() -> str:

@@ -68,22 +68,34 @@ def submit(script: Path, run: str) -> Job:
     """Hand a script to sbatch and note the job beside it.
 
     Raises:
-        SlurmError: There is no sbatch, or it refused.
+        SlurmError: There is no sbatch, it refused, or the job could not be noted.
     """
     # Directives are the script's alone; the shell's SBATCH_ variables would go before them.
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SBATCH_")}
     number = _run(["sbatch", "--parsable", str(script)], clean).partition(";")[0]
     job = Job(number, run, str(script), datetime.now(UTC).isoformat(timespec="seconds"))
-    with (script.parent / RECORD).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(job)) + "\n")
+    try:
+        with (script.parent / RECORD).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(job)) + "\n")
+    except OSError as error:  # the job runs all the same: submitting it again would start a second one
+        record = script.parent / RECORD
+        raise SlurmError(f"job {number} is queued, but not noted in {record}: {error.strerror}") from error
     return job
 
 
 def submitted(root: Path) -> list[Job]:
-    """All jobs of the runs below a folder, oldest first."""
+    """All jobs of the runs below a folder, oldest first.
+
+    Raises:
+        SlurmError: A record cannot be read.
+    """
     found = []
     for path in sorted((root / FOLDER).glob(f"*/{RECORD}")):
-        found += [Job(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                found.append(Job(**json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise SlurmError(f"line {number} of {path} is no job: remove the line") from error
     return sorted(found, key=lambda job: job.submitted)
 
 

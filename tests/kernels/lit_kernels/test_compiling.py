@@ -12,6 +12,8 @@ import pytest
 
 from lit_kernels import compiling
 from lit_kernels.compiling import ARCHITECTURES, OPERATORS, Shipped, as_dict, compile_all, results_name, shipped
+from lit_kernels.dispatch import padded_rank
+from lit_kernels.text_kv.function import MAX_RANK
 from lit_personalize.cli.main import main
 
 RESULTS = Path(__file__).parents[3] / "kernels/benchmarks/results"
@@ -69,6 +71,12 @@ def test_forms_name_the_arguments_of_their_kernel(form: Shipped) -> None:
     assert list(form.signature) == list(form.kernel.arg_names)
     assert set(form.constants) == {name for name, kind in form.signature.items() if kind == "constexpr"}
     assert set(form.divisible) <= set(form.signature) - set(form.constants)
+
+
+def test_every_rank_runs_as_a_form_that_is_compiled() -> None:
+    padded = {form.constants["RANK_PAD"] for form in shipped() if "RANK_PAD" in form.constants}
+    assert {padded_rank(rank) for rank in range(1, MAX_RANK + 1)} == padded
+    assert all(padded_rank(rank) >= rank for rank in range(1, MAX_RANK + 1))
 
 
 def test_a_form_that_spills_is_a_fault() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from lit_personalize.backbones.loading import load_base
 from lit_personalize.cli.main import main
 from lit_personalize.export.exporter import export
 from lit_personalize.run_directory import RunDirectory
+from lit_personalize.stop_signals import NOTICES, listen
 from lit_personalize.tinyworld.dataset import sample_pictures, write_folder
 
 Refused = Callable[..., str]
@@ -265,6 +267,23 @@ def test_a_disk_that_fills_up_while_saving(workplace: Path, caplog: pytest.LogCa
     assert [p.name for p in folder.glob(".*")] == []
     assert main(FIT) == 0
     assert "resumed at step 2 of 6" in caplog.text
+
+
+def test_a_notice_before_the_first_step_has_its_code(
+    workplace: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {number: signal.getsignal(number) for number in NOTICES}
+    try:
+        listen(*NOTICES)
+        signal.raise_signal(signal.SIGUSR1)
+        refused(FIT, 75, "SIGUSR1", "stopped before the first step", "the same command continues")
+        assert not checkpoints.published(workplace / "runs/run/checkpoints")
+        # Slurm has the slower ranks ended once the first is gone: they are about to.
+        assert {signal.getsignal(number) for number in NOTICES} == {signal.SIG_IGN}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert main(FIT) == 0
 
 
 def test_an_interrupt_saves_and_has_its_code(

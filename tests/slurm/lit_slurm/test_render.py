@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -168,6 +169,8 @@ def test_the_section_wins_over_the_profile_and_the_command_line_over_both(
         (["render", "-c", "gone.yaml"], "no configuration file or recipe 'gone.yaml'"),
         (["render", "-c", "run.yaml", "--profile", "small"], "there is no profile .*small.yaml; profiles in .*: big"),
         (["render", "-c"], "-c needs a value"),
+        (["render", "-c", "list.yaml"], "list.yaml must hold options"),
+        (["render", "-c", "run.yaml", "--slurm.environment", "{A: ["], "--slurm.environment: .* is not YAML"),
         (["draw"], "there are render, submit and status"),
         (["status"], "no job was submitted for runs in runs"),
     ],
@@ -175,10 +178,30 @@ def test_the_section_wins_over_the_profile_and_the_command_line_over_both(
 def test_one_message_for_what_is_missing(
     place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
-    import re
-
+    (place / "list.yaml").write_text("- 1\n")
     assert main(["slurm", *arguments]) == 2
     assert re.search(said, capsys.readouterr().err)
+
+
+def test_a_queued_job_is_told_where_it_could_not_be_noted(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Submitting again would start a second one. And a torn record is told by its line."""
+    sbatch = place / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho 42\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{place}{os.pathsep}{os.environ['PATH']}")
+    record = place / "runs/slurm/cat/jobs.jsonl"
+    record.mkdir(parents=True)  # cannot be opened for writing
+    assert main(["slurm", "submit", "-c", "run.yaml"]) == 1
+    assert "job 42 is queued, but not noted in" in capsys.readouterr().err
+    record.rmdir()
+    assert main(["slurm", "submit", "--json", "-c", "run.yaml"]) == 0
+    assert json.loads(capsys.readouterr().out)["job"] == "42"
+    with record.open("a") as file:
+        file.write('{"job": "4')
+    assert main(["slurm", "status"]) == 1
+    assert re.search("line 2 of .*jobs.jsonl is no job: remove the line", capsys.readouterr().err)
 
 
 def test_without_slurm_it_says_where_to_go(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
