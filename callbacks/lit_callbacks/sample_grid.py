@@ -108,11 +108,13 @@ class SampleGrid(Callback):
 
     def draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw, write and log the column of the present step; failures are logged, never raised."""
-        if not trainer.is_global_zero:
+        if not (trainer.is_global_zero or pl_module.sharded):
             return
         step = trainer.global_step
         try:
             pictures = self._generate(trainer, pl_module)
+            if not trainer.is_global_zero:
+                return
             self._warn_of_black(pictures, step)
             self._write(pictures, step)
             grid = self.assemble()

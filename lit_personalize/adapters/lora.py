@@ -204,6 +204,10 @@ class LoRA(Adapter):
                 linear.__dict__["weight"] = factor if own else factor.to(dtype)
         self._dtype = dtype
 
+    def place(self) -> dict[str, nn.Parameter]:
+        """Nothing moves: the factors are small."""
+        return super().place() if self.use_dora else {}
+
     def leave_rounding_to(self, fused: Collection[str]) -> None:
         """Fused layers take the factors themselves: no cast is launched, and gradients come back in fp32."""
         self._fused = frozenset(fused)

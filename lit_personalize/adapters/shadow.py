@@ -20,6 +20,8 @@ class WeightShadow:
         self.layer = layer
         self.parameter = parameter
         self.deltas: dict[str, Tensor] = {}
+        self.placed: dict[str, bool] = {}
+        """Adapters whose ΔW is a parameter of the layer, and whether they are on."""
         self.shut_off: dict[str, tuple[Tensor, float]] = {}
         """By adapter: flat indices of weights that are zero, and how far (1 is all the way)."""
 
@@ -42,6 +44,34 @@ class WeightShadow:
         if delta is not None:
             self.deltas[name] = delta
         self._show()
+
+    def place(self, name: str, delta: nn.Parameter) -> str:
+        """Make one adapter's ΔW a parameter of the layer; the sum is formed whenever the layer runs.
+
+        So a strategy that gathers a layer's weights only while it runs gathers and frees ΔW with them.
+
+        Returns:
+            The attribute that holds it.
+        """
+        self.set(name, None)
+        if not self.placed:
+            self.layer.register_forward_pre_hook(self._form)
+            self.layer.register_forward_hook(self._forget, always_call=True)
+        self.placed[name] = True
+        self.layer.register_parameter(attribute := self._attribute(name), delta)
+        return attribute
+
+    def _attribute(self, name: str) -> str:
+        return f"{self.parameter}_change_{name}".replace(".", "_")
+
+    def _form(self, layer: nn.Module, inputs: object) -> None:
+        self.deltas |= {n: cast(Tensor, layer._parameters[self._attribute(n)]) for n, on in self.placed.items() if on}
+        self._show()
+
+    def _forget(self, layer: nn.Module, inputs: object, output: object) -> None:
+        for name in self.placed:
+            self.deltas.pop(name, None)
+        layer.__dict__.pop(self.parameter, None)
 
     def shut(self, name: str, indices: Tensor | None, share: float = 1.0) -> None:
         """Scale the weights of W0 at flat `indices` by 1 - `share`, or (None) no more; for two adapters, the lower."""

@@ -190,6 +190,10 @@ class TokenEmbedding(Adapter):
 
     # ---- the protocol -----------------------------------------------------------------------------
 
+    def place(self) -> dict[str, nn.Parameter]:
+        """Nothing moves: the rows are small."""
+        return {}
+
     def layers(self) -> list[str]:
         return []
 

@@ -1,0 +1,90 @@
+"""A base and what trains on it, of which every rank holds a share: FSDP2 (Zhao et al., 2023, arXiv 2304.11277).
+
+Transformer blocks and residual blocks are gathered one by one while they run. A change of a whole weight is a parameter
+of its layer, gathered and freed with it; so parameters, gradients and optimizer states are all shares. Small factors
+(LoRA, tokens) stay whole on every rank, and their gradients are averaged as DDP's are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from lit_personalize.adapters.protocol import Adapter
+from lit_personalize.backbones.base import Base
+
+UNITS = ("BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer")
+"""Classes of modules that are gathered as a whole; all other weights of a component are gathered with it."""
+
+
+def shard(base: Base, adapters: Iterable[Adapter], mesh: DeviceMesh) -> dict[str, tuple[str, str]]:
+    """Give every rank of `mesh` its share of the UNet, and of each text encoder whose weights train.
+
+    Args:
+        mesh: One dimension; its size is the number of shares.
+
+    Returns:
+        Of every factor that became a parameter of a layer, by its name in the base: name of adapter and of factor.
+
+    Raises:
+        UsageError: An adapter needs weights of the base between steps.
+    """
+    placed = {id(p): (adapter.name, key) for adapter in adapters for key, p in adapter.place().items()}
+    names = {name: placed[id(p)] for name, p in base.named_parameters() if id(p) in placed}
+    trained = {component for component, module in base.components().items() if _any(module, placed)}
+    for component, module in base.components().items():
+        if component == "unet" or component in trained:
+            for unit in [m for m in module.modules() if type(m).__name__ in UNITS]:
+                fully_shard(unit, mesh=mesh)
+            fully_shard(module, mesh=mesh)
+    return names
+
+
+def _any(module: nn.Module, placed: dict[int, Any]) -> bool:
+    return any(id(parameter) in placed for parameter in module.parameters())
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The share of this rank, or the tensor itself where it is whole."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the shares that this rank holds."""
+    return sum(local(tensor).nbytes for tensor in tensors)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average over all ranks the gradients of parameters that every rank holds whole; shares are averaged already."""
+    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+    if not gradients:
+        return
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
+    """Scale the gradients so that their norm over all parameters and shares is at most `largest`; returns it before."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    squares = torch.stack([_squares(g for g in gradients if isinstance(g, DTensor) is kind) for kind in (True, False)])
+    dist.all_reduce(squares[:1])
+    norm = squares.sum().sqrt()
+    factor = (largest / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        local(gradient).mul_(factor)
+    return norm
+
+
+def _squares(gradients: Iterator[Tensor]) -> Tensor:
+    found = [local(gradient).float().square().sum() for gradient in gradients]
+    return torch.stack(found).sum() if found else torch.zeros(())
