@@ -8,11 +8,10 @@ of its layer, gathered and freed with it; so parameters, gradients and optimizer
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -24,31 +23,30 @@ UNITS = ("BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer")
 """Classes of modules that are gathered as a whole; all other weights of a component are gathered with it."""
 
 
-def shard(base: Base, adapters: Iterable[Adapter], mesh: DeviceMesh) -> dict[str, tuple[str, str]]:
-    """Give every rank of `mesh` its share of the UNet, and of each text encoder whose weights train.
-
-    Args:
-        mesh: One dimension; its size is the number of shares.
+def place(base: Base, adapters: Iterable[Adapter]) -> dict[str, tuple[str, str]]:
+    """Make changes of whole weights parameters of their layers.
 
     Returns:
-        Of every factor that became a parameter of a layer, by its name in the base: name of adapter and of factor.
+        Of every factor that moved, by its name in the base now: name of its adapter, and its key there.
 
     Raises:
         UsageError: An adapter needs weights of the base between steps.
     """
-    placed = {id(p): (adapter.name, key) for adapter in adapters for key, p in adapter.place().items()}
-    names = {name: placed[id(p)] for name, p in base.named_parameters() if id(p) in placed}
-    trained = {component for component, module in base.components().items() if _any(module, placed)}
+    moved = {id(p): (adapter.name, key) for adapter in adapters for key, p in adapter.place().items()}
+    return {name: moved[id(p)] for name, p in base.named_parameters() if id(p) in moved}
+
+
+def shard(base: Base, mesh: DeviceMesh) -> None:
+    """Give every rank of `mesh` its share of the UNet, and of each text encoder whose weights train.
+
+    Args:
+        mesh: One dimension; its size is the number of shares.
+    """
     for component, module in base.components().items():
-        if component == "unet" or component in trained:
+        if component == "unet" or any(parameter.requires_grad for parameter in module.parameters()):
             for unit in [m for m in module.modules() if type(m).__name__ in UNITS]:
                 fully_shard(unit, mesh=mesh)
             fully_shard(module, mesh=mesh)
-    return names
-
-
-def _any(module: nn.Module, placed: dict[int, Any]) -> bool:
-    return any(id(parameter) in placed for parameter in module.parameters())
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -62,8 +60,8 @@ def local_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Average over all ranks the gradients of parameters that every rank holds whole; shares are averaged already."""
-    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+    """Average over all ranks the gradients of parameters that every rank holds whole."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
@@ -71,6 +69,23 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     flat /= dist.get_world_size()
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
+
+
+def gather_states(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Make whole again the optimizer states that a resume handed out in shares, of parameters that have none.
+
+    Lightning's FSDP reads every tensor of an optimizer as a share.
+    """
+    for parameter in parameters:
+        states = optimizer.state.get(parameter, {})
+        for name, value in states.items():
+            if isinstance(value, ShardedTensor):
+                whole = torch.zeros(value.size(), device=parameter.device)
+                for piece in value.local_shards():
+                    around = zip(piece.metadata.shard_offsets, piece.metadata.shard_sizes, strict=True)
+                    whole[tuple(slice(first, first + size) for first, size in around)] = piece.tensor
+                dist.all_reduce(whole)
+                states[name] = whole
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:

@@ -51,9 +51,14 @@ class EffectiveWeights(Adapter):
         self.attached = True
         self.refresh(base.dtype)
 
+    @property
+    def elementwise(self) -> bool:
+        """Where the factors are the changes themselves."""
+        return type(self).changes is EffectiveWeights.changes
+
     def place(self) -> dict[str, nn.Parameter]:
-        """Make each change a parameter of its layer; only changes that are factors themselves can be."""
-        if type(self).changes is not EffectiveWeights.changes:
+        """Make each change a parameter of its layer, if it is a factor itself."""
+        if not self.elementwise:
             return super().place()
         moved = dict(self.factors.items())
         of_layers = PlacedFactors()

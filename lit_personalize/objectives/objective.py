@@ -84,6 +84,8 @@ class Objective(pl.LightningModule):
         """Whether a rank holds only its share of the base: what needs the base is then done by all ranks together."""
         self.spread = False
         """Whether the training's strategy leaves shares of what trains in this process, and nothing whole."""
+        self.replicated: list[Adapter] = []
+        """Adapters that a sharding strategy leaves alone: their gradients are averaged here."""
         self.register_state_dict_post_hook(_only_what_trains)
 
     @abstractmethod
@@ -108,12 +110,13 @@ class Objective(pl.LightningModule):
                 base.unet.enable_gradient_checkpointing()
             self.base = base
         if self.device_mesh is not None and not self.sharded:
-            self.shard(self.device_mesh["data_parallel"])
+            self.place_factors()
+            sharding.shard(self.base, self.device_mesh["data_parallel"])
 
-    def shard(self, mesh: DeviceMesh) -> None:
-        """Keep one share of the base, and of what trains in its layers, on every rank of a mesh of one dimension."""
+    def place_factors(self) -> None:
+        """Prepare for a strategy that keeps shares of the base: whole-weight changes go into their layers."""
         numbers = {adapter.name: i for i, adapter in enumerate(self.trained)}
-        found = sharding.shard(self.built, self.trained, mesh)
+        found = sharding.place(self.built, self.trained)
         self.placed = {f"base.{n}": f"adapters.{numbers[name]}.factors.{key}" for n, (name, key) in found.items()}
         self.sharded = True
 
@@ -180,6 +183,9 @@ class Objective(pl.LightningModule):
     def on_train_start(self) -> None:
         """Count the optimizer steps of the whole training, of which adapters take their shares; fuse the UNet."""
         self._fuse()
+        if self.replicated:
+            optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
+            sharding.gather_states(optimizer, (p for adapter in self.replicated for p in adapter.factors.values()))
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             steps = sys.maxsize
@@ -240,8 +246,8 @@ class Objective(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Take the gradients of resting adapters away: an optimizer passes over parameters without one."""
-        if self.sharded:
-            sharding.average_gradients(p for adapter in self.trained for p in adapter.factors.values())
+        if self.replicated:
+            sharding.average_gradients(p for adapter in self.replicated for p in adapter.factors.values())
         for adapter in self.trained:
             if not adapter.learning:
                 for parameter in adapter.factors.values():
@@ -254,9 +260,14 @@ class Objective(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by the norm over all shares, where there are shares."""
-        if self.sharded and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+        wrapper: Any = self.trainer.strategy.model
+        if not gradient_clip_val or gradient_clip_algorithm not in (None, "norm"):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif self.device_mesh is not None:
             trained = (p for group in optimizer.param_groups for p in group["params"])
             sharding.clip_gradients(trained, gradient_clip_val)
+        elif hasattr(wrapper, "clip_grad_norm_"):  # FSDP's, whose norm Lightning does not take
+            wrapper.clip_grad_norm_(gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
