@@ -237,10 +237,9 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> bool:
         log.info("run %s: resumed at step %d of %s", run.name, found.step, whole)
     quiet_lightning()
     trainer = build_trainer(built, run, found.step if found else 0)
-    strategies.prepare(trainer.strategy, built.model, ema=built.ema is not None, best=built.checkpoint.best)
-    built.model.spread = strategies.is_sharding(trainer.strategy)
     if found:
         refuse_other_layout(found, built.model, trainer.strategy)
+    strategies.prepare(trainer.strategy, built.model, ema=built.ema is not None, best=built.checkpoint.best)
     # Only here is the checkpoint read, and found to fit or not.
     others = OtherRanks()
     trainer.callbacks += [LambdaCallback(on_train_start=lambda *_: record()), others]  # type: ignore[attr-defined]

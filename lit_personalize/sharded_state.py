@@ -6,7 +6,9 @@ each of its ranks, and only as many can go on from it.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +23,7 @@ HEADER = "meta.pt"
 INDEX = ".metadata"
 DEEPSPEED_TAG = "checkpoint"
 """Lightning's name of the one state in a DeepSpeed directory."""
+DEEPSPEED_MODEL = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 _CHECKPOINT = "torch.distributed.checkpoint"
 _NEEDED = {
     *((f"{_CHECKPOINT}.metadata", name) for name in (
@@ -108,8 +111,22 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def _deepspeed_header(path: Path) -> dict[str, Any]:
-    raise NotImplementedError
+    """Of the first rank: a file that holds the whole module before stage 3, and names and shapes alone from there on."""
+    folder = path / DEEPSPEED_TAG
+    found = [file for name in DEEPSPEED_MODEL for file in [folder / name] if file.is_file()]
+    if not found:
+        raise DataError(f"{folder} has no model states of DeepSpeed")
+    return dict(torch.load(found[0], map_location="cpu", weights_only=True))
 
 
 def _deepspeed_tensors(path: Path, device: str) -> Mapping[str, Tensor]:
-    raise NotImplementedError
+    header = _deepspeed_header(path)
+    shapes = {name: shape for group in header["param_shapes"] for name, shape in group.items()}
+    if device == "meta":
+        return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    if header["ds_config"]["zero_optimization"]["stage"] < 3:
+        return {name: header["module"][name].float() for name in shapes}
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(sys.stderr):  # it prints what it does
+        return dict(get_fp32_state_dict_from_zero_checkpoint(path, DEEPSPEED_TAG, exclude_frozen_parameters=True))

@@ -47,6 +47,7 @@ def prepare(strategy: Strategy, objective: Objective, ema: bool = False, best: b
         raise UsageError(f"checkpoint.best draws on one rank, and under {name} no rank has all weights; use ddp")
     if spans := [adapter.name for adapter in objective.trained if adapter.span != (0, 1)]:
         raise UsageError(f"{spans[0]} has a span: under {name} everything trains all the time; use ddp")
+    objective.spread = True
     for adapter in objective.trained:
         adapter.steady = False
     if isinstance(strategy, ModelParallelStrategy):
@@ -59,7 +60,7 @@ def prepare(strategy: Strategy, objective: Objective, ema: bool = False, best: b
 
 def draws_together(strategy: Strategy) -> bool:
     """Whether a rank alone cannot use what it trains, so that pictures are drawn by all of them."""
-    return isinstance(strategy, ModelParallelStrategy | FSDPStrategy)
+    return isinstance(strategy, ModelParallelStrategy | FSDPStrategy) or _is_stage_3(strategy)
 
 
 @contextmanager
@@ -102,3 +103,12 @@ def _prepare_deepspeed(strategy: Any, objective: Objective) -> None:
         raise UsageError(f"{correcting[0]} puts itself right after each step, which DeepSpeed would undo; use ddp")
     if not strategy.exclude_frozen_parameters:
         raise UsageError("DeepSpeedStrategy: set exclude_frozen_parameters: true; the base is not part of a checkpoint")
+    if _is_stage_3(strategy):
+        objective.place_factors()
+
+
+def _is_stage_3(strategy: Strategy) -> bool:
+    if not isinstance(strategy, DeepSpeedStrategy):
+        return False
+    config: Any = strategy.config or {}
+    return bool(config.get("zero_optimization", {}).get("stage") == 3)
