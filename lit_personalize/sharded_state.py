@@ -111,7 +111,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def _deepspeed_header(path: Path) -> dict[str, Any]:
-    """Of the first rank: a file that holds the whole module before stage 3, and names and shapes alone from there on."""
+    """Of the first rank: its file holds the whole module before stage 3, and only names and shapes from there on."""
     folder = path / DEEPSPEED_TAG
     found = [file for name in DEEPSPEED_MODEL for file in [folder / name] if file.is_file()]
     if not found:

@@ -8,6 +8,7 @@ of its layer, gathered and freed with it; so parameters, gradients and optimizer
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn

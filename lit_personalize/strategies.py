@@ -105,6 +105,8 @@ def _prepare_deepspeed(strategy: Any, objective: Objective) -> None:
         raise UsageError("DeepSpeedStrategy: set exclude_frozen_parameters: true; the base is not part of a checkpoint")
     if _is_stage_3(strategy):
         objective.place_factors()
+    # An offloaded optimizer may be torch's own, which DeepSpeed would refuse as slower than its DeepSpeedCPUAdam.
+    strategy.config.setdefault("zero_force_ds_cpu_optimizer", False)
 
 
 def _is_stage_3(strategy: Strategy) -> bool:

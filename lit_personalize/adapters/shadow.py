@@ -6,8 +6,9 @@ base's `parameters()` and `state_dict()` stay stock, and switching an adapter is
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,23 +56,34 @@ class WeightShadow:
         """
         self.set(name, None)
         if not self.placed:
-            self.layer.register_forward_pre_hook(self._form)
-            self.layer.register_forward_hook(self._forget, always_call=True)
+            self._wrap_forward()
         self.placed[name] = True
         self.layer.register_parameter(attribute := self._attribute(name), delta)
         return attribute
 
+    def _wrap_forward(self) -> None:
+        """Form the sum inside the layer's own forward: behind the hooks by which a strategy gathers its weights.
+
+        Not in a hook of its own, which could come before those; DeepSpeed then frees ΔW before it has its gradient.
+        """
+        inner = self.layer.forward
+
+        @functools.wraps(inner)
+        def forward(*inputs: Any, **named: Any) -> Any:
+            parts = self.layer._parameters
+            self.deltas |= {n: cast(Tensor, parts[self._attribute(n)]) for n, on in self.placed.items() if on}
+            self._show()
+            try:
+                return inner(*inputs, **named)
+            finally:
+                for name in self.placed:
+                    self.deltas.pop(name, None)
+                self.layer.__dict__.pop(self.parameter, None)
+
+        self.layer.forward = forward  # type: ignore[method-assign]
+
     def _attribute(self, name: str) -> str:
         return f"{self.parameter}_change_{name}".replace(".", "_")
-
-    def _form(self, layer: nn.Module, inputs: object) -> None:
-        self.deltas |= {n: cast(Tensor, layer._parameters[self._attribute(n)]) for n, on in self.placed.items() if on}
-        self._show()
-
-    def _forget(self, layer: nn.Module, inputs: object, output: object) -> None:
-        for name in self.placed:
-            self.deltas.pop(name, None)
-        layer.__dict__.pop(self.parameter, None)
 
     def shut(self, name: str, indices: Tensor | None, share: float = 1.0) -> None:
         """Scale the weights of W0 at flat `indices` by 1 - `share`, or (None) no more; for two adapters, the lower."""

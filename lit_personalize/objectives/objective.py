@@ -15,7 +15,6 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 import lit_kernels
 from lit_personalize import sharding
