@@ -86,10 +86,7 @@ class _Given:
 
     def _read(self, name: str) -> None:
         path = recipe_path(name)
-        try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UsageError(f"{path} is not YAML: {error}") from error
+        found = read_yaml(path) or {}
         if not isinstance(found, dict):
             raise UsageError(f"{path} must hold options such as name: cat")
         self.sections.append(found.get("slurm"))
