@@ -222,7 +222,7 @@ def problems(path: Path) -> list[str]:
         files, step, version = dict(mark["files"]), mark["step"], mark["format"]
     except FileNotFoundError:
         return [f"no {MARK}: it was not written to the end"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return [f"{MARK} is not readable ({error.__class__.__name__})"]
     if version != FORMAT:
         return [f"format {version}, this release reads {FORMAT}"]
