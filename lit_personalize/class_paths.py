@@ -17,10 +17,6 @@ from jsonargparse import set_parsing_settings
 from lit_personalize.errors import UsageError
 
 OPTION, VARIABLE = "--allow", "LITP_ALLOW"
-ALLOW_HELP = (
-    "package, module or class of yours that configurations may name, such as my_package (it is imported, which runs "
-    f"its code); `pipe` lets them run commands as shards; may be repeated; also {VARIABLE}=A,B in the environment"
-)
 ALLOWED = (
     "lit_personalize", "lit_callbacks", "lit_datamodules", "lit_kernels",
     *(f"lightning.pytorch.{part}" for part in (

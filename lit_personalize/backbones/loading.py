@@ -142,8 +142,8 @@ def check_parts(path: Path) -> dict[str, Any]:
         library, made = kind if isinstance(kind, list) and len(kind) == 2 else (kind, None)
         if not (library in PART_LIBRARIES and isinstance(made, str) or library is None and not isinstance(made, str)):
             raise DataError(
-                f"{path / 'model_index.json'} has {name} made by {kind}; only classes of diffusers and transformers are "
-                "loaded, and no code of a directory's own: save the pipeline again without it"
+                f"{path / 'model_index.json'} has {name} made by {kind}; only classes of diffusers and transformers "
+                "are loaded, and no code of a directory's own: save the pipeline again without it"
             )
     return index
 

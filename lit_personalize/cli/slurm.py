@@ -13,6 +13,7 @@ import yaml
 from lit_personalize.cli.console import JSON_HELP
 from lit_personalize.errors import UsageError
 from lit_personalize.recipe_files import recipe_path
+from lit_personalize.yaml_files import read_yaml
 
 ABOUT = f"""litp slurm render|submit [--profile NAME] [--slurm.KEY VALUE ...] [--json] ARGUMENTS OF litp fit
        litp slurm status [ROOT] [--json]

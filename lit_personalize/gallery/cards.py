@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-
 from lit_personalize.errors import DataError, UsageError
 from lit_personalize.export.inspect import inspect_file
 from lit_personalize.recipe_files import title_of

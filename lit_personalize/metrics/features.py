@@ -61,7 +61,8 @@ def load_local(kind: Any, folder: Path, **options: Any) -> Any:
         files = sorted(path.name for path in folder.iterdir())
         pickled = [name for name in files if name.endswith(PICKLES)]
         if pickled and not any(name.endswith(".safetensors") for name in files):
-            raise DataError(f"{folder / pickled[0]} is a pickle, which may run code, so it is not read; {AS_SAFETENSORS}")
+            place = folder / pickled[0]
+            raise DataError(f"{place} is a pickle, which may run code, so it is not read; {AS_SAFETENSORS}")
         options["use_safetensors"] = True
     if kind.__name__.startswith("Auto"):
         options["trust_remote_code"] = False  # else a terminal is asked
