@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lit_personalize import atomic
 from lit_personalize.errors import LitpError
@@ -246,10 +246,14 @@ def size_of(path: Path) -> int:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """All that the trainer saved into a checkpoint with an unsharded state, tensors on the CPU."""
-    import torch
+    """All that the trainer saved into a checkpoint with an unsharded state, tensors on the CPU.
 
-    return dict(torch.load(Path(path) / STATE, map_location="cpu", weights_only=True))
+    Raises:
+        DataError: It would run code, or is damaged; see `export.pickled.read_pickle`.
+    """
+    from lit_personalize.export.pickled import read_pickle
+
+    return dict(cast(dict[str, Any], read_pickle(Path(path) / STATE)))
 
 
 def load_state(path: Path, *, averaged: bool = False) -> dict[str, Any]:

@@ -58,11 +58,13 @@ def take_allowed(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def allow_only(names: Iterable[str]) -> None:
     """From now on, parsers of this process import what `ALLOWED` and `names` cover; what earlier calls added ends."""
-    wanted = set(names) - {PIPE}
+    allowed = {*ALLOWED, *names} - {PIPE}
+    # The most specific entry decides, so one that has ended may not stand below one that is allowed.
+    ended = {name for name in _added if not any(f"{name}.".startswith(f"{entry}.") for entry in allowed)}
     set_parsing_settings(
-        import_path_denylist=["*", *sorted(_added - wanted)], import_path_allowlist=[*ALLOWED, *sorted(wanted)]
+        import_path_denylist=["*", *sorted(ended)], import_path_allowlist=sorted(allowed | (_added - ended))
     )
-    _added.update(wanted)
+    _added.update(allowed)
 
 
 def refusal(path: str, key: str = "") -> str:
