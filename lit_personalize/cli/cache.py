@@ -28,7 +28,8 @@ def main(arguments: list[str]) -> int:
     from lit_personalize.errors import UsageError
     from lit_personalize.fitting import bind_data, name_initial_words
 
-    parser, config = parse([part for given in options.config for part in ("-c", given)] + ["--name", "cache", *allowed_by(options)])
+    files = [part for given in options.config for part in ("-c", given)]
+    parser, config = parse([*files, "--name", "cache", *allowed_by(options)])
     built = instantiate(parser, config)
     data: Any = built.data
     data.cache_dir = options.dir or data.cache_dir

@@ -27,7 +27,7 @@ PLACES = {
 }
 ALLOW_HELP = (
     "package, module or class of your own that configurations may name, such as my_package: it is imported, which runs "
-    "its code. `pipe` lets them run commands as shards. May be repeated; LITP_ALLOW=A,B in the environment does the same"
+    "its code. `pipe` lets them run commands as shards. May be repeated; LITP_ALLOW=A,B in the environment does it, too"
 )
 EXPORTS = ("*.safetensors", "peft/*/adapter_model.safetensors", "pipeline/model_index.json")
 JSON_HELP = "print the result as one JSON object, and nothing else, to stdout; messages go to stderr"

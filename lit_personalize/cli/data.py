@@ -65,7 +65,8 @@ def main(arguments: list[str]) -> int:
     from lit_personalize.configuration import instantiate, parse
 
     given = [part for config in options.config for part in ("-c", config)]
-    parser_, config = parse([*given, "--name", "data", *allowed_by(options)])  # a configuration without a name has data, too
+    given += ["--name", "data"]  # a configuration without a name has data, too
+    parser_, config = parse([*given, *allowed_by(options)])
     model = config["model"].init_args
     del config["model"]  # reading pictures needs no weights
     data = instantiate(parser_, config).data

@@ -51,7 +51,7 @@ def test_a_malicious_pickle_on_the_command_line(base: Path, refused: Refused) ->
     for verb in (["inspect", "adapter.bin"], ["sample", "a cat", "--base", str(base), "--adapter", "adapter.bin"]):
         refused(verb, 3, "adapter.bin is a pickle: loading one can run any code; `litp import` takes the weights out")
     given = ["import", "adapter.bin", "--base", str(base), "-o", "imported"]
-    refused(given, 3, "adapter.bin asks for", "so nothing of it was loaded; have its author save the tensors alone")
+    refused(given, 3, "adapter.bin", "so nothing of it was loaded; have its author save the tensors alone")
     assert not Path("imported").exists()
 
 

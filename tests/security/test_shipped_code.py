@@ -59,8 +59,8 @@ def test_no_shipped_code_runs_what_a_file_says() -> None:
     "pickle.load(f)", "pickle.loads(b)", "pickle.Unpickler(f)", "from pickle import load", "yaml.load(t)",
     "yaml.load(t, Loader=yaml.SafeLoader)", "yaml.unsafe_load(t)", "eval(x)", "exec(x)", "os.system(x)", "os.popen(x)",
     "tar.extractall(p)", "tarfile.open(p).extractall(p, filter='data')", "subprocess.run(x, shell=True)",
-    "subprocess.run(x, shell=asked)", "torch.load(p)", "torch.load(p, weights_only=False)", "np.load(p, allow_pickle=1)",
-    "AutoModel.from_pretrained(p, trust_remote_code=True)", "torch.load(p, weights_only=trusted)", "torch.hub.load(x)",
+    "subprocess.run(x, shell=asked)", "torch.load(p)", "torch.load(p, weights_only=False)",
+    "np.load(p, allow_pickle=1)", "AutoModel.from_pretrained(p, trust_remote_code=True)", "torch.load(p, weights_only=trusted)", "torch.hub.load(x)",
 ])  # fmt: skip
 def test_each_such_line_would_be_found(line: str) -> None:
     assert list(forbidden(ast.parse(line)))

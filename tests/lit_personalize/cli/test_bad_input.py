@@ -293,6 +293,7 @@ def test_an_interrupt_saves_and_has_its_code(
     (workplace / "pressing.py").write_text(CALLBACKS)
     monkeypatch.syspath_prepend(str(workplace))
     press = "[{class_path: pressing.PressControlC}]"
-    refused([*FIT, "--trainer.callbacks", press, "--allow=pressing"], 130, "interrupted", "saved at step 3", "the same command continues")
+    given = [*FIT, "--trainer.callbacks", press, "--allow", "pressing"]
+    refused(given, 130, "interrupted", "saved at step 3", "the same command continues")
     assert main(FIT) == 0
     assert "resumed at step 3 of 6" in caplog.text
