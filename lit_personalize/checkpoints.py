@@ -246,21 +246,25 @@ def size_of(path: Path) -> int:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """All that the trainer saved into a checkpoint with an unsharded state, tensors on the CPU.
+    """What the trainer saved into a checkpoint, tensors on the CPU; of a sharded state without the optimizer's.
 
     Raises:
         DataError: It would run code, or is damaged; see `export.pickled.read_pickle`.
     """
+    from lit_personalize import sharded_state
     from lit_personalize.export.pickled import read_pickle
 
-    return dict(cast(dict[str, Any], read_pickle(Path(path) / STATE)))
+    state = Path(path) / STATE
+    if sharded_state.kind(state) != "whole":
+        return sharded_state.read_state(state)
+    return dict(cast(dict[str, Any], read_pickle(state)))
 
 
 def load_state(path: Path, *, averaged: bool = False) -> dict[str, Any]:
     """The trained tensors of a checkpoint by the objective's state-dict names, on the CPU.
 
     Args:
-        path: A published checkpoint directory with an unsharded state.
+        path: A published checkpoint directory.
         averaged: Take the moving average instead where the run kept one.
     """
     state = read_state(path)
