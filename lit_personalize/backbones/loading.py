@@ -144,7 +144,7 @@ def check_parts(path: Path) -> dict[str, Any]:
         DataError: See `index_of`, or a part would be loaded by code that lies in the directory or somewhere else.
     """
     index = index_of(path)
-    parts = {name: kind for name, kind in index.items() if isinstance(kind, list)}
+    parts: dict[str, Any] = {name: kind for name, kind in index.items() if isinstance(kind, list)}
     if not isinstance(index.get("_class_name"), str):
         parts["_class_name"] = index.get("_class_name")
     for name, kind in parts.items():
@@ -189,18 +189,18 @@ def _forces_zeros(index: Mapping[str, Any]) -> bool:
     return _is_xl(index) and bool(index.get("force_zeros_for_empty_prompt", True))
 
 
-def _class_of(name: str, class_name: str) -> Any:
+def _class_of(path: Path, name: str, class_name: str) -> Any:
     import transformers
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     if class_name not in TEXT_ENCODERS:
-        raise DataError(f"a base has {name} as a {class_name}; supported are {' and '.join(TEXT_ENCODERS)}")
+        raise DataError(f"base {path}: {name} is a {class_name}; supported are {' and '.join(TEXT_ENCODERS)}")
     return {"unet": UNet2DConditionModel, "vae": AutoencoderKL}.get(name) or getattr(transformers, class_name)
 
 
 def _build_part(path: Path, name: str, dtype: torch.dtype, class_name: str = "CLIPTextModel") -> nn.Module:
     """A part by its config, without weights, on the device of the context."""
-    kind = _class_of(name, class_name)
+    kind = _class_of(path, name, class_name)
     try:
         if name in ("unet", "vae"):
             return cast(nn.Module, kind.from_config(kind.load_config(path / name, local_files_only=True)).to(dtype))
@@ -210,7 +210,7 @@ def _build_part(path: Path, name: str, dtype: torch.dtype, class_name: str = "CL
 
 
 def _load_part(path: Path, name: str, dtype: torch.dtype, class_name: str = "CLIPTextModel") -> nn.Module:
-    kind = _class_of(name, class_name)
+    kind = _class_of(path, name, class_name)
     keyword = "torch_dtype" if name in ("unet", "vae") else "dtype"
     files = sorted((path / name).iterdir())
     weights = [p.name for p in files if p.suffix == ".safetensors"]

@@ -38,7 +38,7 @@ def change(file: Path, **values: Any) -> None:
     ("unet", ["evil", "Evil"]), ("_class_name", ["evil", "Evil"]), ("vae", ["os", "system"]),
     ("scheduler", ["diffusers", None]), ("text_encoder", ["transformers", "pipeline"]),
 ])  # fmt: skip
-def test_a_base_with_code_of_its_own(copy: Path, refused: Refused, name: str, kind: Any) -> None:
+def test_a_base_with_code_of_its_own(copy: Path, name: str, kind: Any) -> None:
     (copy / "evil.py").write_text(CODE)
     (copy / "unet" / "evil.py").write_text(CODE)
     change(copy / "model_index.json", **{name: kind})
