@@ -34,13 +34,20 @@ def forbidden(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield node.lineno, f"class {node.name}"
         if not isinstance(node, ast.Call):
             continue
-        name = ast.unparse(node.func)
+        name = _dotted(node.func)
         given = {word.arg: word.value for word in node.keywords}
         bad = [w for w, v in OPTIONS.items() if w in given and not _is(given[w], not v)]
         if name == "torch.load" and not _is(given.get("weights_only"), True):
             bad.append("torch.load without weights_only=True")
         if bad or FORBIDDEN.fullmatch(name):
             yield node.lineno, f"{name}({', '.join(bad)})"
+
+
+def _dotted(node: ast.AST) -> str:
+    """`a.b.c`; what is called to get an object stands as `?`."""
+    if isinstance(node, ast.Attribute):
+        return f"{_dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else "?"
 
 
 def _is(value: ast.AST | None, wanted: bool) -> bool:
