@@ -61,15 +61,18 @@ def local_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Average over all ranks the gradients of parameters that every rank holds whole."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        return
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    """Average over all ranks the gradients of parameters that every rank holds whole.
+
+    One that had no part in a rank's loss counts as zero there; one that had none in any keeps no gradient.
+    """
+    trained = list(parameters)
+    pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    present = pieces[0].new_tensor([p.grad is not None for p in trained])
+    flat = torch.cat([present, *(piece.reshape(-1) for piece in pieces)])
     dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    present, *means = (flat / dist.get_world_size()).split([len(trained), *(p.numel() for p in trained)])
+    for parameter, mean, some in zip(trained, means, present.tolist(), strict=True):
+        parameter.grad = mean.view_as(parameter) if some else None
 
 
 def gather_states(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:

@@ -12,10 +12,16 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    Strategy,
+)
 
 from lit_personalize.errors import UsageError
-from lit_personalize.objectives.objective import Objective
+from lit_personalize.objectives.denoising import Denoising
 
 SHARDING = (ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy)
 
@@ -32,12 +38,15 @@ def state_kind(strategy: Strategy) -> str:
     return "distributed" if is_sharding(strategy) else "whole"
 
 
-def prepare(strategy: Strategy, objective: Objective, ema: bool = False, best: bool = False) -> None:
+def prepare(strategy: Strategy, objective: Denoising, ema: bool = False, best: bool = False) -> None:
     """Give a strategy what it needs to train this objective, whose base is loaded.
 
     Raises:
         UsageError: It cannot.
     """
+    if isinstance(strategy, DDPStrategy) and objective.trains_text:
+        # SDXL leaves out the last layer of an encoder, and a batch may name no trained token.
+        strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
     if not is_sharding(strategy):
         return
     name = type(strategy).__name__
@@ -76,7 +85,7 @@ def whole(trainer: pl.Trainer) -> Iterator[None]:
         yield
 
 
-def _prepare_model_parallel(strategy: Any, objective: Objective) -> None:
+def _prepare_model_parallel(strategy: Any, objective: Denoising) -> None:
     if strategy._tensor_parallel_size != 1 or strategy._data_parallel_size == "auto":
         raise UsageError(
             "ModelParallelStrategy: set tensor_parallel_size: 1, and data_parallel_size to the number of all devices; "
@@ -87,7 +96,7 @@ def _prepare_model_parallel(strategy: Any, objective: Objective) -> None:
     objective.replicated = [adapter for adapter in objective.trained if not adapter.elementwise]
 
 
-def _prepare_fsdp(strategy: Any, objective: Objective) -> None:
+def _prepare_fsdp(strategy: Any, objective: Denoising) -> None:
     if strategy._state_dict_type != "sharded":
         raise UsageError("FSDPStrategy: set state_dict_type: sharded, which any number of ranks can go on from")
     objective.replicated = [adapter for adapter in objective.trained if not adapter.elementwise]
@@ -98,7 +107,7 @@ def _prepare_fsdp(strategy: Any, objective: Objective) -> None:
     strategy.kwargs |= {"ignored_states": whole, "use_orig_params": True}
 
 
-def _prepare_deepspeed(strategy: Any, objective: Objective) -> None:
+def _prepare_deepspeed(strategy: Any, objective: Denoising) -> None:
     if correcting := [adapter.name for adapter in objective.trained if adapter.corrects]:
         raise UsageError(f"{correcting[0]} puts itself right after each step, which DeepSpeed would undo; use ddp")
     if not strategy.exclude_frozen_parameters:
