@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lit_personalize import atomic
 from lit_personalize.errors import LitpError
@@ -222,7 +222,7 @@ def problems(path: Path) -> list[str]:
         files, step, version = dict(mark["files"]), mark["step"], mark["format"]
     except FileNotFoundError:
         return [f"no {MARK}: it was not written to the end"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return [f"{MARK} is not readable ({error.__class__.__name__})"]
     if version != FORMAT:
         return [f"format {version}, this release reads {FORMAT}"]
@@ -246,15 +246,18 @@ def size_of(path: Path) -> int:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What the trainer saved into a checkpoint, tensors on the CPU; of a sharded state without the optimizer's."""
-    import torch
+    """What the trainer saved into a checkpoint, tensors on the CPU; of a sharded state without the optimizer's.
 
+    Raises:
+        DataError: It would run code, or is damaged; see `export.pickled.read_pickle`.
+    """
     from lit_personalize import sharded_state
+    from lit_personalize.export.pickled import read_pickle
 
     state = Path(path) / STATE
     if sharded_state.kind(state) != "whole":
         return sharded_state.read_state(state)
-    return dict(torch.load(state, map_location="cpu", weights_only=True))
+    return dict(cast(dict[str, Any], read_pickle(state)))
 
 
 def load_state(path: Path, *, averaged: bool = False) -> dict[str, Any]:

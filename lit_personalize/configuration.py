@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -29,6 +28,7 @@ from lit_personalize.adapters.oft import OFT
 from lit_personalize.adapters.oft_magnitudes import OFTMagnitudes
 from lit_personalize.adapters.token_embedding import TokenEmbedding
 from lit_personalize.adapters.ziplora import ZipLoRA
+from lit_personalize.class_paths import allow_only, refusal, refuse_commands, take_allowed
 from lit_personalize.errors import UsageError
 from lit_personalize.export.factorize import Truncation
 from lit_personalize.list_replacement import replace_lists
@@ -36,6 +36,7 @@ from lit_personalize.objectives.denoising import Denoising
 from lit_personalize.objectives.merged_distillation import MergedDistillation
 from lit_personalize.objectives.prior_preservation import PriorPreservation
 from lit_personalize.recipe_files import method_of, recipe_path
+from lit_personalize.yaml_files import read_yaml
 
 OBJECTIVES: list[type] = [
     Denoising,
@@ -151,13 +152,16 @@ def parse(arguments: Sequence[str]) -> tuple[LightningArgumentParser, Namespace]
     """Parse command-line arguments (with `-c` files) into a checked configuration.
 
     Raises:
-        UsageError: An unknown key, a wrong type, a missing value.
+        UsageError: An unknown key, a wrong type, a missing value, a class that is not allowed (see `class_paths`).
     """
+    options, allowed = take_allowed(arguments)
+    allow_only(allowed)
     parser = build_parser()
     try:
-        given = _with_paths(arguments)
+        given = _with_paths(options)
         config = parser.parse_args(replace_lists(given))
         config.recipe = config.recipe or _method_of(given)
+        refuse_commands(config.data, allowed)
         return parser, config
     except (ArgumentError, TypeError, ValueError) as error:
         raise UsageError(explain(str(error))) from error
@@ -217,14 +221,7 @@ def _method_of(arguments: Sequence[str]) -> str:
 
 def _readable(path: Path) -> Path:
     """The path of a file that is YAML; the parser's own message would not name it."""
-    try:
-        yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 (offset {error.start}); save it as UTF-8") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark else ""
-        raise UsageError(f"{path} is not YAML: {where}{getattr(error, 'problem', error)}") from error
+    read_yaml(path)
     return path
 
 
@@ -254,6 +251,7 @@ KEY = re.compile(r'Parser key "([\w.]+)":')
 EXPECTED = re.compile(r"Expected an? (?:<class '([\w.]+)'>|typing\.Literal\[([^\]]*)\])")
 REQUIRED = re.compile(r"the following arguments are required: (.+)")
 GIVEN = re.compile(r"(?:Got|Given) value: (.*)")
+DENIED = re.compile(r"Importing '([\w.]+)' is not allowed")
 MISSING = re.compile(r"(?:No module named '|import of )(\w+)")
 NO_CALLABLE = re.compile(r"expects a function or a callable class: (.+?)\. Got value")
 EXTRAS = {"bitsandbytes": "bitsandbytes", "prodigyopt": "prodigy"}
@@ -272,6 +270,8 @@ def explain(message: str) -> str:
         return "trainer.strategy: package deepspeed is not installed; pip install 'lit-personalize[cluster]'"
     keys = KEY.findall(message)
     key = ".".join(dict.fromkeys(keys))
+    if match := DENIED.search(message):
+        return refusal(match[1], key)
     if keys and (match := NO_CLASS.search(message)):
         return f"{key}: there is no class {match[1]!r}{suggestion(match[1], known_classes())}"
     if keys and (match := MISSING.search(message)):

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import logging
 import os
+import pickle
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -29,7 +30,7 @@ from lit_personalize.adapters.token_embedding import CLASS
 from lit_personalize.batch import Role
 from lit_personalize.configuration import instantiate, parse, resolved_text
 from lit_personalize.devices import device_of
-from lit_personalize.errors import PreemptedError, UsageError
+from lit_personalize.errors import DataError, PreemptedError, UsageError
 from lit_personalize.export.card import write_card
 from lit_personalize.export.exporter import Exported, export
 from lit_personalize.export.verify import verify
@@ -245,8 +246,8 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> bool:
     trainer.callbacks += [LambdaCallback(on_train_start=lambda *_: record()), others]  # type: ignore[attr-defined]
     keeper = next(c for c in trainer.callbacks if isinstance(c, RunCheckpoint))  # type: ignore[attr-defined]
     known = list(getattr(built.data, "records", ()))
+    start = str(found.state) if found else None
     try:
-        start = str(found.state) if found else None
         trainer.fit(built.model, datamodule=built.data, ckpt_path=start, weights_only=True)
     except SystemExit as exit_:  # Lightning turns Ctrl-C into an exit of its own
         if keeper.preempted:
@@ -257,6 +258,11 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> bool:
         if keeper.interrupted:
             raise KeyboardInterrupt(f"saved at step {keeper.last_saved}; the same command continues") from exit_
         raise
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"{start} holds more than a run's state, and loading it could run code, so it was not loaded; remove that "
+            "checkpoint, and the same command continues from the one before"
+        ) from error
     except Exception as error:
         if others.lost:
             raise others.lost from error

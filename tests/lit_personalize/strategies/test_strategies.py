@@ -104,6 +104,7 @@ def launch(folder: Path, fits: list[list[str]]) -> None:
     (folder / "fits.json").write_text(json.dumps(fits))
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(HERE / "rank.py")]
     variables = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    variables["LITP_ALLOW"] = "cpu_strategies"
     command = [sys.executable, *command, "fits.json"]
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-6000:]
