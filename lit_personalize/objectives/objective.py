@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -129,13 +129,16 @@ class Objective(pl.LightningModule):
         """The groups of every adapter, in order."""
         return [group for adapter in self.trained for group in adapter.parameter_groups()]
 
-    def build_optimizer(self) -> torch.optim.Optimizer:
+    def build_optimizer(self, groups: Sequence[dict[str, Any]] | None = None) -> torch.optim.Optimizer:
         """A new optimizer over all groups, each at its own learning rate.
+
+        Args:
+            groups: Other ones than `parameter_groups`.
 
         Raises:
             UsageError: A group asks for a multiple of a learning rate that the optimizer chooses by itself.
         """
-        optimizer = self.optimizer_factory(self.parameter_groups())
+        optimizer = self.optimizer_factory(self.parameter_groups() if groups is None else groups)
         for group in optimizer.param_groups:
             ratio = group.pop("lr_ratio", None)
             if ratio is not None and group["lr"] is None:
@@ -162,7 +165,7 @@ class Objective(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Count the optimizer steps of the whole training, of which adapters take their shares; fuse the UNet."""
-        self._fuse()
+        self.fuse_kernels()
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             steps = sys.maxsize
@@ -180,14 +183,14 @@ class Objective(pl.LightningModule):
                 )  # fmt: skip
         self._spans = spans
 
-    def _fuse(self) -> None:
-        """Put the operators of `lit_kernels` into the UNet, where `kernels` says so."""
+    def fuse_kernels(self, ops: Literal["auto"] | Sequence[lit_kernels.Operator] = "auto") -> None:
+        """Put these operators of `lit_kernels`, or all, into the UNet, where `kernels` says so."""
         unet = self.built.unet
         lit_kernels.unpatch(unet)
         if self.kernels == "off" or (self.kernels == "auto" and self.device.type != "cuda"):
             return
         try:
-            made = lit_kernels.patch(unet, backend=cast(lit_kernels.Backend, self.kernels))
+            made = lit_kernels.patch(unet, ops, backend=cast(lit_kernels.Backend, self.kernels))
         except ValueError as error:
             raise UsageError(f"kernels: {self.kernels}: {error}; kernels: off trains without them") from error
         fused = [*made.layers["bank_lora"], *(f"{n}.to_{p}" for n in made.layers["text_kv"] for p in "kv")]
