@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import lit_kernels
+from lit_kernels.patching import Operator
 from lit_personalize.adapters.protocol import Adapter
 from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.loading import load_base
@@ -183,7 +184,7 @@ class Objective(pl.LightningModule):
                 )  # fmt: skip
         self._spans = spans
 
-    def fuse_kernels(self, ops: Literal["auto"] | Sequence[lit_kernels.Operator] = "auto") -> None:
+    def fuse_kernels(self, ops: Literal["auto"] | Sequence[Operator] = "auto") -> None:
         """Put these operators of `lit_kernels`, or all, into the UNet, where `kernels` says so."""
         unet = self.built.unet
         lit_kernels.unpatch(unet)
