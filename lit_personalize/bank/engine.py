@@ -229,6 +229,11 @@ class Bank:
         self.steps = state["steps"]
         self._restored = list(state["slots"])
 
+    @property
+    def awaited(self) -> list[str]:
+        """Ids of the jobs that a restored state waits for."""
+        return [state["id"] for state in self._restored]
+
     def _place_restored(self, jobs: Iterator[AdapterJob]) -> Iterator[AdapterJob]:
         """Give restored slots their jobs back; gives the other jobs, in their order."""
         wanted = {state["id"]: state for state in self._restored}
