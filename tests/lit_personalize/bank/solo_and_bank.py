@@ -45,12 +45,13 @@ class Recipe:
     side: int = 16
     """Of the pictures; above the base's, views can move."""
     clip: float | None = 0.05
+    dtype: torch.dtype = torch.float64
     lr: float = 1e-2
 
     def objective(self, seed: int, noun: str, lr: float | None = None) -> Denoising:
         optimizer = functools.partial(torch.optim.AdamW, lr=lr or self.lr, weight_decay=0.1)
         objective = self.kind(
-            str(self.base), self.adapters(noun), optimizer, seed=seed, dtype=torch.float64, **self.options
+            str(self.base), self.adapters(noun), optimizer, seed=seed, dtype=self.dtype, **self.options
         )
         return objective
 
