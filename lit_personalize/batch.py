@@ -121,7 +121,7 @@ class Batch:
         return self.role == int(role)
 
     def count_in_slot(self, members: Tensor) -> Tensor:
-        """How many of the `members`, bool `[B]`, each sample's slot has: int64 `[B]`; without slots, how many there are."""
+        """How many of the `members`, bool `[B]`, each sample's slot has, or without slots all have: int64 `[B]`."""
         if self.slot is None:
             return members.sum().expand(len(self))
         counts = torch.zeros(len(self), dtype=torch.int64, device=self.device)

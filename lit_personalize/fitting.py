@@ -25,8 +25,8 @@ from lightning.pytorch.callbacks import LambdaCallback, Timer
 from lit_personalize import checkpoints, preflight, stop_signals
 from lit_personalize.adapters.protocol import AdapterWeights
 from lit_personalize.adapters.token_embedding import CLASS
-from lit_personalize.batch import Role
 from lit_personalize.backbones.base import Base
+from lit_personalize.batch import Role
 from lit_personalize.configuration import instantiate, parse, resolved_text
 from lit_personalize.devices import device_of
 from lit_personalize.errors import PreemptedError, UsageError

@@ -206,7 +206,9 @@ class Base(nn.Module):
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """VAE posterior of pixels `[B, 3, H, W]` in [-1, 1]: mean and standard deviation, unscaled; fp32, or fp64 of a VAE in fp64.
+        """VAE posterior of pixels `[B, 3, H, W]` in [-1, 1]: mean and standard deviation, fp32, unscaled.
+
+        A VAE in fp64 gives fp64.
 
         Raises:
             FloatingPointError: The VAE overflowed, as SDXL's does in fp16; load it in fp32 or bf16.

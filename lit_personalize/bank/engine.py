@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lit_kernels.patching import Operator
 from lit_personalize.adapters.lora import LoRA
 from lit_personalize.adapters.token_embedding import CLASS, RANDOM, TokenEmbedding
 from lit_personalize.bank import batches
@@ -27,7 +28,7 @@ from lit_personalize.errors import DataError, UsageError
 from lit_personalize.objectives.denoising import Denoising
 
 log = logging.getLogger(__name__)
-OPERATORS = ("short_key_attention", "bank_lora", "frozen_geglu")
+OPERATORS: tuple[Operator, ...] = ("short_key_attention", "bank_lora", "frozen_geglu")
 """Of `lit_kernels`, where the objective uses them; text K and V of all layers in one launch know one adapter only."""
 
 
@@ -58,7 +59,7 @@ class Bank:
         device: torch.device | str = "cpu",
     ):
         if slots < 1 or patience < 1:
-            raise UsageError(f"a bank has at least 1 slot and a patience of at least 1 step, not {slots} and {patience}")
+            raise UsageError(f"a bank's slots and patience are at least 1, not {slots} and {patience}")
         self.objective = objective
         self.most = slots
         self.clip = clip
@@ -96,7 +97,7 @@ class Bank:
             after_step: Called between steps, where the state is whole; may raise to stop.
         """
         queue = self._place_restored(iter(jobs))
-        yield from self._fill(queue)
+        yield from self.fill(queue)
         while self.slots:
             failed = self.step()
             yield from self._leave(failed, queue)
@@ -147,8 +148,8 @@ class Bank:
 
     # ---- slots ------------------------------------------------------------------------------------
 
-    def _fill(self, queue: Iterator[AdapterJob]) -> Iterator[FinishedAdapter]:
-        """Begin jobs behind the last slot until the bank is full."""
+    def fill(self, queue: Iterator[AdapterJob]) -> Iterator[FinishedAdapter]:
+        """Begin jobs behind the last slot until the bank is full; yields those whose data cannot be read."""
         while len(self.slots) < self.most:
             failures, slot = self._next(queue)
             yield from failures
@@ -181,7 +182,7 @@ class Bank:
 
     def _next(self, queue: Iterator[AdapterJob]) -> tuple[list[FinishedAdapter], Slot | None]:
         """The next job whose data can be read, and those before it whose data cannot."""
-        failures = []
+        failures: list[FinishedAdapter] = []
         for job in queue:
             try:
                 slot = self._open(job)

@@ -65,10 +65,10 @@ class FactorStack:
                 shapes = {names[id(p)]: p.shape for p in group["params"]}
                 width = sum(shape.numel() for shape in shapes.values())
                 device = group["params"][0].device
-                empty = [torch.zeros(0, width, dtype=dtype, device=device) for _ in range(3)]
+                master, m, v = (torch.zeros(0, width, dtype=dtype, device=device) for _ in range(3))
                 options = {key: value for key, value in group.items() if key != "params"}
                 steps = torch.zeros(0, dtype=torch.int64, device=device)
-                stack.groups.append(Group(options, adapter, shapes, *empty, steps))
+                stack.groups.append(Group(options, adapter, shapes, master, m, v, steps))
             constants = adapter.constants()
             stack.constants[adapter.name] = {n: c.new_zeros(0, *c.shape, dtype=dtype) for n, c in constants.items()}
         return stack

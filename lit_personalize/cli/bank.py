@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 REFUSED = {
-    "ema": "a moving average",
-    "checkpoint.best": "the best checkpoint",
-    "trainer.accumulate_grad_batches": "accumulated gradients",
+    "ema": "moving average",
+    "checkpoint.best": "best checkpoint",
+    "trainer.accumulate_grad_batches": "accumulation of gradients",
 }
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lit_datamodules.personalization import Concept, PersonalizationData, Regularization
 from PIL import Image
 from torch import Tensor
 
+from lit_datamodules.personalization import Concept, PersonalizationData, Regularization
 from lit_personalize.adapters.lora import LoRA
 from lit_personalize.adapters.protocol import Adapter
 from lit_personalize.bank import AdapterJob, Bank

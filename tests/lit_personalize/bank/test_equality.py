@@ -48,7 +48,7 @@ def test_permuted_slots(plain: Recipe) -> None:
 
 
 def test_swap_in_mid_run(plain: Recipe) -> None:
-    """Three slots, seven adapters of several lengths, rates, decays of rates and clips; the tail runs in fewer slots."""
+    """Three slots, seven adapters of several lengths, rates and clips, on a schedule; the tail runs in fewer slots."""
     cosine = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=12)
     recipe = dataclasses.replace(plain, name="swap", options={"lr_scheduler": cosine})
     lengths = (6, 20, 3, 9, 5, 4, 7)

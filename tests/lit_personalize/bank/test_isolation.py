@@ -109,7 +109,8 @@ def test_failed_slot_is_given_to_the_next_job(single: Recipe) -> None:
     clean = outcome(banks[0], bound(banks[0], [single.job(n, s) for n, s in enumerate(steps)]))
     jobs = spoiled(bound(banks[1], [single.job(n, s) for n, s in enumerate((7, 50, 7, 3))]), 1, with_nan, 2)
     found = outcome(banks[1], jobs)
-    assert found["1"].weights is None and "the loss was not finite in 2 steps in a row, up to step 3" in found["1"].failure
+    assert found["1"].weights is None
+    assert "the loss was not finite in 2 steps in a row, up to step 3" in found["1"].failure
     assert all(same(found[name], clean[name]) for name in "023")
 
 
