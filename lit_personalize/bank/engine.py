@@ -187,6 +187,8 @@ class Bank:
             try:
                 slot = self._open(job)
                 self._draw(slot)
+                for adapter in self.objective.trained:
+                    adapter.begin(job.seed, job.class_noun)  # a noun that it cannot begin with is found out here
                 return failures, slot
             except Exception as error:  # noqa: BLE001 - see step
                 failures.append(FinishedAdapter(job, None, failure=_reason(error)))
