@@ -41,7 +41,7 @@ class Bank:
         slots: Adapters that train at once, at most.
         clip: Largest norm of an adapter's gradient, as `trainer.gradient_clip_val`; None does not clip.
         init_seed: Of the initial LoRA factors, one for all adapters, so that their numbers can be compared; a LoRA
-            that has an `init_seed` of its own keeps it.
+            that has an `init_seed` of its own keeps it, and then that is the bank's.
         patience: Steps in a row that may be left out, because loss or gradient was not finite, before an adapter fails.
         device: On which to train.
 
@@ -64,7 +64,6 @@ class Bank:
         self.most = slots
         self.clip = clip
         self.patience = patience
-        self.init_seed = init_seed
         self.slots: list[Slot] = []
         """Adapters in training, in the order of the rows of `stack`."""
         self.steps = 0
@@ -72,6 +71,10 @@ class Bank:
         self._shape: tuple[int, ...] | None = None
         self._restored: list[dict[str, Any]] = []
         words = _build(objective, init_seed)
+        own = {adapter.init_seed for adapter in objective.trained if isinstance(adapter, LoRA)}
+        if len(own) > 1:
+            raise UsageError(f"the LoRAs of a bank begin at one init_seed, not at {sorted(map(str, own))}")
+        self.init_seed = own.pop() if own else init_seed
         objective.to(device)
         objective.fuse_kernels(OPERATORS)
         base = objective.built

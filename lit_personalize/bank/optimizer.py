@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lit_kernels.bank_adamw import bank_adamw
-from lit_personalize.adapters.protocol import Adapter
 from lit_personalize.bank.slots import Slot
 from lit_personalize.bank.stack import FactorStack, Group
 
@@ -51,7 +50,7 @@ def update(
         rested = bank_adamw(
             group.master, group.m, group.v, grad, rates[:, i, 0], rates[:, i, 1], group.steps, unclipped, betas, eps
         )  # fmt: skip
-        if type(group.adapter).after_step is not Adapter.after_step:
+        if group.adapter.corrects:
             _put_right(stack, group, ~rested)
     return skipped
 

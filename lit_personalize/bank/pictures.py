@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,8 +61,15 @@ class Pictures:
             sample_id=[f"{role.name.lower()}-{i}" for _, i, role in rows],
             latent_mean=torch.stack([part.mean[i] for part, i, _ in rows]),
             latent_std=torch.stack([part.std[i] for part, i, _ in rows]),
-            input_ids=tuple(self.base.tokenize([part.captions[i] for part, i, _ in rows])),
+            input_ids=tuple(
+                torch.stack([part._ids[side][i] for part, i, _ in rows]) for side in range(len(self._ids))
+            ),
         )
+
+    @functools.cached_property
+    def _ids(self) -> list[Tensor]:
+        """Of every caption `[N, S]`, for each tokenizer."""
+        return list(self.base.tokenize(list(self.captions)))
 
     def _shown(self, seed: int, role: Role, step: int, count: int) -> list[int]:
         found = []
