@@ -8,6 +8,7 @@ are merged, lists are replaced. An unknown key or a wrong type is one clear `Usa
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import re
 from collections.abc import Iterable, Sequence
@@ -192,6 +193,29 @@ def instantiate(parser: LightningArgumentParser, config: Namespace) -> Namespace
             if hasattr(cause, "exit_code"):
                 raise cause from None
             cause = cause.__cause__ or cause.__context__
+        raise UsageError(explain(str(error))) from error
+
+
+@functools.cache
+def _data_parser() -> LightningArgumentParser:
+    data_classes()
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(pl.LightningDataModule, "data", subclass_mode=True)
+    return parser
+
+
+def data_of(config: Namespace, concepts: list[dict[str, Any]], seed: int) -> Any:
+    """The data module of a configuration with other concepts and another seed.
+
+    Raises:
+        UsageError: A class refused its options.
+    """
+    given = config.data.clone().as_dict()
+    given["init_args"] |= {"concepts": concepts, "seed": seed}
+    parser = _data_parser()
+    try:
+        return instantiate(parser, parser.parse_object({"data": given})).data
+    except (ArgumentError, TypeError, ValueError) as error:
         raise UsageError(explain(str(error))) from error
 
 

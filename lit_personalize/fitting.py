@@ -27,6 +27,7 @@ from lightning.pytorch.strategies import Strategy
 from lit_personalize import checkpoints, preflight, sharded_state, stop_signals, strategies
 from lit_personalize.adapters.protocol import AdapterWeights
 from lit_personalize.adapters.token_embedding import CLASS
+from lit_personalize.backbones.base import Base
 from lit_personalize.batch import Role
 from lit_personalize.configuration import instantiate, parse, resolved_text
 from lit_personalize.devices import device_of
@@ -173,9 +174,13 @@ def bind_data(built: Namespace) -> None:
     data: Any = built.data
     objective.configure_model()
     objective.to(training_device(built))  # generating a set and caching latents take long on a CPU
-    base = objective.built
+    bind_encoders(data, objective.built, built.sampling)
+
+
+def bind_encoders(data: Any, base: Base, sampling: Any) -> None:
+    """Give a base's encoders, and its sampler with the steps and guidance of `sampling`, to a data module."""
     if hasattr(data, "bind"):
-        how = SamplingOptions(built.sampling.steps, built.sampling.guidance)
+        how = SamplingOptions(sampling.steps, sampling.guidance)
 
         def draw(captions: Sequence[str], seeds: Sequence[int]) -> Any:
             return generate(base, list(captions), list(seeds), None, how, data.resolution)
