@@ -24,7 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "import": ("import_", "take an adapter of another program, pickles included, into .safetensors"),
     "data": ("data", "check the pictures of a configuration, or draw what the model sees"),
     "gallery": ("gallery", "write a page of adapters with their pictures and files"),
-    "runs": ("runs", "list runs, or show one"),
+    "runs": ("runs", "list runs, show one, or compare some"),
     "slurm": ("slurm", "write, submit and list the job scripts of a cluster"),
     "profile": ("profile", "show where a step's time goes, and what kernels take"),
     "doctor": ("doctor", "report versions, devices and known problems"),
