@@ -31,7 +31,7 @@ from lit_personalize.adapters.token_embedding import TokenEmbedding
 from lit_personalize.adapters.ziplora import ZipLoRA
 from lit_personalize.errors import UsageError
 from lit_personalize.export.factorize import Truncation
-from lit_personalize.list_replacement import replace_lists
+from lit_personalize.list_replacement import entry_options, replace_lists, without_entries
 from lit_personalize.objectives.denoising import Denoising
 from lit_personalize.objectives.merged_distillation import MergedDistillation
 from lit_personalize.objectives.prior_preservation import PriorPreservation
@@ -155,8 +155,11 @@ def parse(arguments: Sequence[str]) -> tuple[LightningArgumentParser, Namespace]
     """
     parser = build_parser()
     try:
-        given = _with_paths(arguments)
+        given, entries = without_entries(_with_paths(arguments))
         config = parser.parse_args(replace_lists(given))
+        if entries:
+            whole = yaml.safe_load(parser.dump(config, skip_validation=True))
+            config = parser.parse_args(replace_lists([*given, *entry_options(whole, entries)]))
         config.recipe = config.recipe or _method_of(given)
         return parser, config
     except (ArgumentError, TypeError, ValueError) as error:
