@@ -13,6 +13,7 @@ from typing import Any
 from lit_personalize.errors import DataError, UsageError
 from lit_personalize.run_directory import RunDirectory
 from lit_personalize.run_state import Curve, RunState, config_of, curves_of, state_of
+from lit_personalize.tensor_files import read_header
 
 OWN = ("name", "root", "resume")
 """Keys in which any two runs differ."""
@@ -20,8 +21,6 @@ NO_PART = ("time", "job", "recipe")
 """Of env.json, what is of a start and not of its surroundings."""
 LOWER = ("loss", "error", "distance", "kid", "mmd", "drift", "fid")
 """Words in the names of figures of which less is better."""
-LONGEST_HEADER = 100 * 2**20
-"""Bytes; as in safetensors itself."""
 
 
 @dataclass(frozen=True)
@@ -119,26 +118,17 @@ def tensors_hash(path: Path) -> str:
     Raises:
         DataError: It is damaged.
     """
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(LONGEST_HEADER, path.stat().st_size):
-                raise DataError(f"{path} is damaged: its header is longer than the file; export the run again")
-            header = json.loads(file.read(length))
-            digest = hashlib.sha256()
-            for name, about in sorted((n, a) for n, a in header.items() if n != "__metadata__"):
-                begin, end = about["data_offsets"]
-                digest.update(f"{name} {about['dtype']} {about['shape']} ".encode())
-                file.seek(8 + length + begin)
-                left = end - begin
-                while left > 0 and (chunk := file.read(min(left, 1 << 20))):
-                    digest.update(chunk)
-                    left -= len(chunk)
-                if left:
-                    raise DataError(f"{path} is damaged: it ends within {name}; export the run again")
-        return digest.hexdigest()[:16]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is no safetensors file ({error}); export the run again") from error
+    start, tensors = read_header(path)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for name, about in sorted(tensors.items()):
+            begin, end = about["data_offsets"]
+            digest.update(f"{name} {about['dtype']} {about['shape']} ".encode())
+            file.seek(start + begin)
+            while begin < end and (chunk := file.read(min(end - begin, 1 << 20))):
+                digest.update(chunk)
+                begin += len(chunk)
+    return digest.hexdigest()[:16]
 
 
 def _figure(name: str, curve: Curve | None) -> Figure | None:

@@ -25,6 +25,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "data": ("data", "check the pictures of a configuration, or draw what the model sees"),
     "gallery": ("gallery", "write a page of adapters with their pictures and files"),
     "runs": ("runs", "list runs, show one, or compare some"),
+    "prefetch": ("prefetch", "check, list or copy all that a run opens, for nodes without network"),
     "sweep": ("sweep", "train a configuration over values of its keys, as an array of jobs"),
     "slurm": ("slurm", "write, submit and list the job scripts of a cluster"),
     "profile": ("profile", "show where a step's time goes, and what kernels take"),
