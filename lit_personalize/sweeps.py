@@ -177,6 +177,10 @@ def points_of(axes: Sequence[tuple[str, list[Any]]], zipped: bool) -> list[Point
         raise UsageError(f"--over {', '.join(sorted(twice))} is given twice; put all values into one")
     if own := [key for key in keys if key.split(".")[0] in (*OWN, "slurm")]:
         raise UsageError(f"--over {own[0]}: the sweep sets it for each run; it is no key to go over")
+    meant = [key for given in keys for key in ALIASES.get(given, (given,))]
+    for key in meant:
+        if within := [other for other in meant if other.startswith(f"{key}.") or meant.count(other) > 1]:
+            raise UsageError(f"--over {key} and {within[0]} set the same thing; give one of them")
     if not axes:
         raise UsageError("a sweep goes over keys: give --over KEY=VALUE,VALUE,... or --over-file FILE")
     lists = [values for _, values in axes]
@@ -226,8 +230,6 @@ def override_of(base: Mapping[str, Any], point: Point, name: str) -> dict[str, A
             *parts, last = target.split(".")
             for part in parts:
                 inner = inner.setdefault(part, {})
-                if not isinstance(inner, dict):
-                    raise UsageError(f"--over {key}: another key of this sweep sets what is around it")
             inner[last] = put
     return override
 

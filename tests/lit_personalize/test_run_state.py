@@ -53,11 +53,11 @@ def test_asking_who_owns_a_run_does_not_keep_its_owner_out(tmp_path: Path) -> No
     run.lock_file.write_text("{}\n")
     asker = os.fork()
     if asker == 0:
-        for _ in range(20_000):
+        for _ in range(5_000):
             run.is_held()
         os._exit(0)
     try:
-        for _ in range(300):
+        for _ in range(100):
             with RunDirectory(tmp_path, "cat"):
                 pass
             run.lock_file.write_text("{}\n")
