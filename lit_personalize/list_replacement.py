@@ -4,8 +4,8 @@ The parser merges mappings key by key, and so it does with the entries of two li
 take the `class_noun` of the concept that stood at its place before; and Adam, given with a learning rate alone, the
 `weight_decay` of the AdamW before it. Emptying a key before it is given again ends that.
 
-One entry of a list is changed by its place, `--model.init_args.adapters.0.init_args.rank 8`: the parser knows lists only
-as a whole, so that it is given the whole list with that value in it.
+One entry of a list is changed by its place, `--model.init_args.adapters.0.init_args.rank 8`: the parser knows lists as
+a whole, and is given the whole list with that value in it.
 """
 
 from __future__ import annotations

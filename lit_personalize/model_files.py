@@ -1,4 +1,4 @@
-"""Which files of a model directory are opened, and which of them are not there; and models of a hub, only when asked."""
+"""Which files of a model directory are opened, and which are not there; models of a hub, only when asked."""
 
 from __future__ import annotations
 
@@ -40,16 +40,15 @@ def snapshot(repository: str, pipeline: bool, fetch: bool, cache: Path | None = 
 
     patterns = PIPELINE_PATTERNS if pipeline else MODEL_PATTERNS
     try:
-        return Path(
-            snapshot_download(
-                repository, cache_dir=cache, local_files_only=not fetch, allow_patterns=patterns, ignore_patterns=VARIANTS
-            )
+        kept = snapshot_download(
+            repository, cache_dir=cache, local_files_only=not fetch, allow_patterns=patterns, ignore_patterns=VARIANTS
         )
     except Exception as error:  # noqa: BLE001 - the hub's client raises a dozen types; all mean: it is not here
         if not fetch:
             raise DataError(f"{repository} is not in the local cache of the hub") from error
         said = str(error).strip().splitlines()
         raise DataError(f"{repository} could not be fetched: {said[0] if said else type(error).__name__}") from error
+    return Path(kept)
 
 
 def pipeline_files(folder: Path, weights: bool = True) -> tuple[list[Path], list[str]]:

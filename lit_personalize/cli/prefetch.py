@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="litp prefetch",
-        description="Check that everything that a run opens is here: base, tokenizers, metric models, pictures, shards, "
-        "caches. Write a list of it, or copy it into one folder that needs nothing from elsewhere.",
+        description="Check that everything that a run opens is here: base, tokenizers, metric models, pictures, "
+        "shards, caches. Write a list of it, or copy it into one folder that needs nothing from elsewhere.",
     )  # fmt: skip
     parser.add_argument("-c", "--config", action="append", default=[], help="YAML file or recipe; may be repeated")
     parser.add_argument("--to", type=Path, metavar="DIR", help="copy all of it into DIR, with a run.yaml that uses it")
     parser.add_argument("--fetch", action="store_true", help="ask a hub for models, and URLs for shards, not here yet")
-    parser.add_argument("--hub-cache", type=Path, metavar="DIR", help="where models of a hub are kept; default: HF_HOME")
+    parser.add_argument("--hub-cache", type=Path, metavar="DIR", help="where a hub's models are kept; default: HF_HOME")
     parser.add_argument("--clip", help="CLIPModel for litp evaluate: local directory or hub id")
     parser.add_argument("--dino", help="ViT or DINO for litp evaluate: local directory or hub id")
     parser.add_argument("--cache", action="store_true", help="draw generated sets, encode latents and text states now")

@@ -64,7 +64,9 @@ class Needed:
         self.value = to
 
 
-def collect(config: dict[str, Any], clip: str | None, dino: str | None, fetch: bool, cache: Path | None) -> list[Needed]:
+def collect(
+    config: dict[str, Any], clip: str | None, dino: str | None, fetch: bool, cache: Path | None
+) -> list[Needed]:
     """Everything that fit, sampling, evaluation and export open.
 
     Args:
@@ -342,9 +344,7 @@ def _put(config: Any, key: str, value: str) -> None:
 # ---- the list -------------------------------------------------------------------------------------------------------
 
 
-def write_list(
-    path: Path, needs: list[Needed], folder: Path | None, missing: list[dict[str, str]]
-) -> dict[str, Any]:
+def write_list(path: Path, needs: list[Needed], folder: Path | None, missing: list[dict[str, str]]) -> dict[str, Any]:
     """Write what there is: path, bytes and, of small files, sha256; returns counts.
 
     Args:

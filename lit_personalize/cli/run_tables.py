@@ -178,12 +178,10 @@ def short_names(keys: Iterable[str], least: int = 1) -> dict[str, str]:
     parts = {key: [part for part in key.split(".") if part != "init_args"] for key in keys}
     found = {}
     for key, own in parts.items():
-        ending = own
-        for count in range(min(least, len(own)), len(own) + 1):
-            ending = own[-count:]
-            if not ending[0].isdigit() and not any(other[-count:] == ending for name, other in parts.items() if name != key):
-                break
-        found[key] = ".".join(ending)
+        others = [other for name, other in parts.items() if name != key]
+        counts = (n for n in range(min(least, len(own)), len(own)) if not own[-n].isdigit())
+        count = next((n for n in counts if all(other[-n:] != own[-n:] for other in others)), len(own))
+        found[key] = ".".join(own[-count:])
     return found
 
 

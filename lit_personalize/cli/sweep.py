@@ -97,9 +97,7 @@ def main(arguments: list[str]) -> int:
         from lit_slurm import jobs
 
         folder = jobs.folder_of(sweep.root, sweep.name)
-        submitted = jobs.submit(
-            jobs.write(_script(sweep, job, todo, options.at_once, more), folder), sweep.pattern
-        )
+        submitted = jobs.submit(jobs.write(_script(sweep, job, todo, options.at_once, more), folder), sweep.pattern)
         print(f"job {submitted.job}: {len(todo)} tasks, {submitted.script}", file=sys.stderr)
         told = {"job": submitted.job, "submitted": todo}
         waiting = {task: f"{submitted.job}_{task}" for task in todo} | waiting

@@ -1,4 +1,4 @@
-"""One page of a comparison of runs: figures, curves over each other, pictures beside each other. One file, no network."""
+"""One page of a comparison of runs: figures, curves over each other, pictures beside each other, in one file."""
 
 from __future__ import annotations
 

@@ -40,7 +40,8 @@ def made(root: Path, number: int, rank: int, losses: list[float]) -> RunDirector
     folder = run.samples / "step-00000009"
     folder.mkdir()
     Image.fromarray(np.full((8, 8, 3), 20 * number, np.uint8)).save(folder / "0_7.png")
-    (folder / "samples.json").write_text(json.dumps({"step": 9, "prompts": [PROMPT], "seeds": [7], "pictures": ["0_7.png"]}))
+    record = {"step": 9, "prompts": [PROMPT], "seeds": [7], "pictures": ["0_7.png"]}
+    (folder / "samples.json").write_text(json.dumps(record))
     return run
 
 
@@ -71,7 +72,7 @@ def test_sorted_by_a_figure_or_a_key(root: Path) -> None:
 
     assert names("loss") == ["s-2", "s-1", "s-0"] and names("images_per_second") == ["s-2", "s-1", "s-0"]
     assert names("model.init_args.adapters.0.init_args.rank") == ["s-0", "s-2", "s-1"]
-    with pytest.raises(UsageError, match="--by lost: these runs have no such figure; there are loss, images_per_second"):
+    with pytest.raises(UsageError, match="these runs have no such figure; there are loss, images_per_second"):
         names("lost")
 
 
@@ -89,8 +90,8 @@ def test_figures_of_an_evaluation_are_compared_too(root: Path) -> None:
 def test_a_damaged_adapter_file_is_named(root: Path, harm: str) -> None:
     path = root / "s-0/exports/s-0.safetensors"
     data = path.read_bytes()
-    damaged = {"cut": data[:-1], "header": data[:9], "bomb": b"\xff" * 8 + data[8:], "text": b"\x02" + b"\0" * 7 + b"[]"}
-    path.write_bytes(damaged[harm])
+    damaged = {"cut": data[:-1], "header": data[:9], "bomb": b"\xff" * 8 + data[8:]}
+    path.write_bytes(damaged.get(harm, b"\x02" + b"\0" * 7 + b"[]"))
     with pytest.raises(DataError, match="s-0.safetensors"):
         tensors_hash(path)
 

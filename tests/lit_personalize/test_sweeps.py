@@ -44,9 +44,10 @@ def test_combinations_and_pairs(tmp_path: Path) -> None:
     axes = [("rank", [4, 8]), ("seed", [0, 1])]
     assert [tuple(p.values()) for p in points_of(axes, False)] == [(4, 0), (4, 1), (8, 0), (8, 1)]
     assert points_of(axes, True) == [{"rank": 4, "seed": 0}, {"rank": 8, "seed": 1}]
-    for wrong, said in (([("a", [1]), ("a", [2])], "given twice"), ([("name", ["x"])], "sets it for each run"), ([], "--over")):
+    twice, own = [("a", [1]), ("a", [2])], [("name", ["x"])]
+    for wrong, said in ((twice, "given twice"), (own, "sets it for each run"), ([], "give --over")):
         with pytest.raises(UsageError, match=said):
-            points_of(wrong, False)
+            points_of(wrong, False)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="a has 1, b has 2"):
         points_of([("a", [1]), ("b", [1, 2])], True)
     (tmp_path / "grid.yaml").write_text("rank: [4, 8]\nlr: 1e-4\n")

@@ -123,10 +123,10 @@ def test_models_of_a_hub_are_found_in_its_cache_and_fetched_only_when_asked(
 def test_patterns_leave_out_what_is_never_opened() -> None:
     from huggingface_hub.utils import filter_repo_objects
 
-    wanted = ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "tokenizer/merges.txt",
-              "text_encoder_2/model.safetensors", "scheduler/scheduler_config.json", "vae/config.json"]  # fmt: skip
-    others = ["v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.bin", "unet/model.onnx", "vae/x.fp16.safetensors",
-              "safety_checker/model.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors"]  # fmt: skip
+    wanted = """model_index.json unet/config.json unet/diffusion_pytorch_model.safetensors tokenizer/merges.txt
+        text_encoder_2/model.safetensors scheduler/scheduler_config.json vae/config.json""".split()
+    others = """v1-5-pruned.safetensors unet/diffusion_pytorch_model.bin unet/model.onnx vae/x.fp16.safetensors
+        safety_checker/model.safetensors unet/diffusion_pytorch_model.non_ema.safetensors""".split()
     kept = filter_repo_objects(
         [*wanted, *others], allow_patterns=model_files.PIPELINE_PATTERNS, ignore_patterns=model_files.VARIANTS
     )

@@ -78,7 +78,8 @@ def test_what_fails_does_not_keep_the_others_from_training_and_the_same_command_
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     place = run_yaml.parent
-    given = ["--over", "data.init_args.concepts.0.path=later,photos", "--over", f"{RANK}=2,3", "--zip", "--here", "--json"]
+    given = ["--over", "data.init_args.concepts.0.path=later,photos", "--over", f"{RANK}=2,3", "--zip"]
+    given += ["--here", "--json"]
     assert swept(*given) == 3, "the exit code of the first that failed"
     said = capsys.readouterr()
     assert [task["state"] for task in json.loads(said.out)["tasks"]] == ["failed", "finished"]
