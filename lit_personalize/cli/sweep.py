@@ -221,7 +221,7 @@ def _train(arguments: list[str]) -> int:
     from lit_personalize.stop_signals import NOTICES
 
     command = [sys.executable, "-m", "lit_personalize", *arguments]
-    child = subprocess.Popen(command, stdout=sys.stderr)
+    child = subprocess.Popen(command, stdout=2)  # results are those of the sweep, on stdout alone
     before = {notice: signal.signal(notice, lambda which, _: child.send_signal(which)) for notice in NOTICES}
     # Ctrl-C reaches the child by itself; this process waits until it has saved.
     before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
