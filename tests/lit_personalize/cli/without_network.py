@@ -2,7 +2,7 @@
 
     python without_network.py NOTES LINE [LINE ...]
 
-Notes also names that C code looks up for Python, and sockets that are opened and not only those that connect.
+Listening on this machine reaches nobody (urllib3 does, to learn whether there is IPv6), so that it is let be.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def note(event: str, arguments: tuple[Any, ...]) -> None:
     address: Any = ""
     if event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr"):
         address = arguments[0]
-    elif event in ("socket.connect", "socket.sendto", "socket.bind") and arguments[0].family in INTERNET:
+    elif event in ("socket.connect", "socket.sendto") and arguments[0].family in INTERNET:
         address = arguments[1]
     elif event == "urllib.Request":
         address = arguments[0]
