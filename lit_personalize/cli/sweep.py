@@ -257,7 +257,8 @@ def _report(
     rows: list[dict[str, Any]] = []
     for task, (point, state) in enumerate(zip(sweep.points, states, strict=True)):
         where = "queued" if task in waiting else "not started"
-        row: dict[str, Any] = {"task": task, "run": sweep.run_name(task), "values": point, "state": state.state if state else where}
+        row: dict[str, Any] = {"task": task, "run": sweep.run_name(task), "values": point}
+        row["state"] = state.state if state else where
         if state and state.state not in ("finished", "running") and task in waiting:
             row["state"] = f"queued again, {state.state}"
         row |= {"step": state.step if state else 0, "steps": state.steps if state else None}
