@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
     configure_logging()
     import yaml
 
-    from lit_personalize.cli import prefetch_files
+    from lit_personalize.cli import prefetch_files, prefetch_folder
     from lit_personalize.configuration import parse, resolved_text
 
     given = [*(part for config in options.config for part in ("-c", config)), *overrides]
@@ -61,15 +61,15 @@ def main(arguments: list[str]) -> int:
     report: dict[str, Any] = {"list": str(listed), "missing": [m | {} for m in map(_missing_row, missing)]}
     if missing:
         if not options.to:
-            prefetch_files.write_list(listed, needs, None, report["missing"])
+            prefetch_folder.write_list(listed, needs, None, report["missing"])
         _tell(needs, report, options.json)
         return 3
     if options.to:
         extra = {key: config[key] for key in ("recipe", "slurm") if config[key]}
-        report["run"] = str(prefetch_files.copy_all(needs, whole | extra, options.to))
+        report["run"] = str(prefetch_folder.copy_all(needs, whole | extra, options.to))
     if options.cache:
         report["cache"] = _fill(options.to, given, options.to is not None)
-    report |= prefetch_files.write_list(listed, needs, options.to, [])
+    report |= prefetch_folder.write_list(listed, needs, options.to, [])
     _tell(needs, report, options.json)
     return 0
 
@@ -90,7 +90,7 @@ def _fill(folder: Path | None, given: list[str], copied: bool) -> dict[str, Any]
 
 
 def _check(options: argparse.Namespace) -> int:
-    from lit_personalize.cli.prefetch_files import wrong_with
+    from lit_personalize.cli.prefetch_folder import wrong_with
 
     wrong = wrong_with(options.check)
     if options.json:

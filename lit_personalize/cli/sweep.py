@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from lit_personalize.cli.slurm import Given
     from lit_personalize.run_state import RunState
     from lit_personalize.sweeps import Point, Sweep
-    from lit_slurm.options import Options
 
 ABOUT = f"""litp sweep --name S --over KEY=VALUE,... [--over ...] [options] ARGUMENTS OF litp fit
        litp sweep status S [--root ROOT] [--json]
@@ -105,7 +104,7 @@ def main(arguments: list[str]) -> int:
     return code
 
 
-def _job_options(given: Given, at_once: int) -> Options:
+def _job_options(given: Given, at_once: int) -> Any:
     """What the array asks of Slurm.
 
     Raises:
@@ -185,7 +184,7 @@ def _queued(sweep: Sweep) -> dict[int, str]:
     return {int(state.job.partition("_")[2]): f"{state.job} {state.state}" for state in tasks if "_" in state.job}
 
 
-def _script(sweep: Sweep, job: Options, todo: list[int], at_once: int, more: list[str]) -> str:
+def _script(sweep: Sweep, job: Any, todo: list[int], at_once: int, more: list[str]) -> str:
     from dataclasses import replace
 
     from lit_personalize.sweeps import indices

@@ -159,10 +159,11 @@ def without_network(place: Path, *lines: str) -> tuple[subprocess.CompletedProce
     environment = {name: os.environ[name] for name in kept if name in os.environ}
     environment |= {"HOME": str(home), "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, str(RUNNER), str(notes), *lines]
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=800)
     return done, notes.read_text()
 
 
+@pytest.mark.timeout(900)  # a process that imports torch, and four verbs in it
 def test_after_it_fit_sample_evaluate_and_export_need_no_network(
     run_yaml: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:

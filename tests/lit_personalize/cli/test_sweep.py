@@ -73,6 +73,7 @@ def test_a_dry_run_shows_table_and_script_and_writes_nothing(
     assert "a sweep makes its own array" in capsys.readouterr().err
 
 
+@pytest.mark.timeout(900)  # it starts three processes that import torch
 def test_what_fails_does_not_keep_the_others_from_training_and_the_same_command_goes_on(
     run_yaml: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
