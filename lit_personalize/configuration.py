@@ -32,7 +32,7 @@ from lit_personalize.adapters.ziplora import ZipLoRA
 from lit_personalize.class_paths import allow_only, refusal, refuse_commands, take_allowed
 from lit_personalize.errors import UsageError
 from lit_personalize.export.factorize import Truncation
-from lit_personalize.list_replacement import replace_lists
+from lit_personalize.list_replacement import entry_options, replace_lists, without_entries
 from lit_personalize.objectives.denoising import Denoising
 from lit_personalize.objectives.merged_distillation import MergedDistillation
 from lit_personalize.objectives.prior_preservation import PriorPreservation
@@ -159,8 +159,11 @@ def parse(arguments: Sequence[str]) -> tuple[LightningArgumentParser, Namespace]
     allow_only(allowed)
     parser = build_parser()
     try:
-        given = _with_paths(options)
+        given, entries = without_entries(_with_paths(options))
         config = parser.parse_args(replace_lists(given))
+        if entries:
+            whole = yaml.safe_load(parser.dump(config, skip_validation=True))
+            config = parser.parse_args(replace_lists([*given, *entry_options(whole, entries)]))
         config.recipe = config.recipe or _method_of(given)
         refuse_commands(config.data, allowed)
         return parser, config

@@ -29,7 +29,6 @@ ALLOW_HELP = (
     "package, module or class of your own that configurations may name, such as my_package: it is imported, which runs "
     "its code. `pipe` lets them run commands as shards. May be repeated; LITP_ALLOW=A,B in the environment does it, too"
 )
-EXPORTS = ("*.safetensors", "peft/*/adapter_model.safetensors", "pipeline/model_index.json")
 JSON_HELP = "print the result as one JSON object, and nothing else, to stdout; messages go to stderr"
 
 
@@ -125,6 +124,7 @@ def report_run(folder: Path, as_json: bool) -> None:
 def run_report(folder: Path) -> dict[str, Any]:
     """Directory, newest whole checkpoint's step (0 if there is none), exports and other files of a run."""
     from lit_personalize.checkpoints import find_complete
+    from lit_personalize.run_state import EXPORTS
 
     found = find_complete(folder / "checkpoints")
     exports = [path for pattern in EXPORTS for path in sorted((folder / "exports").glob(pattern))]

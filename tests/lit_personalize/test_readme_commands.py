@@ -47,6 +47,10 @@ TABLE = {
         "--steps 2 --data.init_args.resolution 32", ("runs/photos/profile/step.png",)
     ),
     "litp slurm render -c dog.yaml": Shown(),
+    "litp sweep -c dog.yaml --name rates "
+    "--over model.init_args.optimizer.init_args.lr=1e-5,3e-5 --over seed=0..2": Shown("--dry-run"),
+    "litp runs compare --by loss --html compare.html": Shown(leaves=("compare.html",)),
+    "litp prefetch -c dog.yaml --to bundle": Shown(leaves=("bundle/run.yaml", "bundle/prefetch.json")),
     'litp sample "a <new1> dog on the beach" --base /models/stable-diffusion-v1-5 --adapter runs/photos': Shown(
         "--steps 2", ("samples/grid.png", "samples/index.html")
     ),

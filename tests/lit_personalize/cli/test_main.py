@@ -76,7 +76,8 @@ REPORTS = [
     *(["data", what] for what in ("check", "sheet")),
     *(["merge", what] for what in ("closed-form", "interpolate", "linear", "ziplora", "blora", "extract")),
     *(["profile", what] for what in ("compile", "kernels", "step")),
-    *(["runs", what] for what in ("ls", "show")),
+    *(["runs", what] for what in ("ls", "show", "compare")),
+    ["sweep", "status"],
     *(["world", what] for what in ("render", "build", "card")),
 ]
 
