@@ -3,8 +3,9 @@
 A trial is a run of `litp fit` that is killed by SIGKILL several times, each time started again by the same command, and
 at last let finish. Its adapter, its last checkpoint and the samples of its steps must be those of a run that nothing
 happened to. Moments are drawn from the trial's seed: uniform over the time that the start would have taken ("time"),
-or over the time of a save, which is watched for ("save"), some of them after a cluster's notice that has asked for that
-save ("notice": a lead that was too short). Of two ranks, one is killed.
+or within a stage of a save, which is watched for ("save"), some of them after a cluster's notice that has asked for
+that save ("notice": a lead that was too short). Of two ranks, one is killed. Before its end each run is also stopped
+once by a notice to one rank alone, upon which all have to save the same step and end with exit code 75.
 
     python benchmarks/crashes.py [--kills 50] [--out benchmarks/crashes_cpu.json] [--first-seed 0]
 
@@ -31,7 +32,7 @@ from typing import Any
 
 import torch
 import yaml
-from killable_runs import Server, stage_of, untrue
+from killable_runs import STAGES, Server, Started, stage_of, untrue
 from safetensors.torch import load_file
 from sample_ledger import Start, compare, counted, starts
 
@@ -52,7 +53,7 @@ RUN: dict[str, Any] = {
             "base": "../base",
             "adapters": [
                 # A rank far above need, so that a save takes a while.
-                {"class_path": "LoRA", "init_args": {"rank": 512, "targets": "blocks"}},
+                {"class_path": "LoRA", "init_args": {"rank": 64, "targets": "blocks"}},
                 {"class_path": "TokenEmbedding", "init_args": TOKEN},
             ],
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.001}},
@@ -97,6 +98,20 @@ class Kill:
     """Seconds until all other ranks had ended, too."""
     untrue: list[str] = field(default_factory=list)
     """Directories that claimed to be complete and were not."""
+
+
+@dataclass
+class Stop:
+    """One notice, given to one rank."""
+
+    rank: int
+    step: int
+    """That was saved."""
+    durable: float
+    """Seconds from the signal to the published checkpoint."""
+    ended: float
+    """Seconds from the signal to the end of all ranks."""
+    codes: list[int]
 
 
 @dataclass
@@ -172,12 +187,14 @@ def trial(server: Server, root: Path, reference: Undisturbed, seed: int, kills: 
         if not _kill_one(server, folder, reference, kill, draw):
             break  # it had finished before
         done.append(kill)
+    stop = _stop_one(server, folder, reference, draw)
     codes = server.start(COMMAND, folder, ranks).wait()
     ledgers = [starts(folder / "ledger", rank) for rank in range(ranks)]
     differences = [compare(*both) for both in zip(ledgers, reference.ledger, strict=True)]
     trained = sum(len(start.shown) for start in ledgers[0])
     found = {
-        "seed": seed, "ranks": ranks, "workers": workers, "kills": [asdict(kill) for kill in done], "codes": codes,
+        "seed": seed, "ranks": ranks, "workers": workers, "kills": [asdict(kill) for kill in done],
+        "stop": asdict(stop) if stop else None, "codes": codes,
         "same export": codes == [0] * ranks and exported(folder) == exported(reference.folder),
         "same state": codes == [0] * ranks and last_state(folder) == last_state(reference.folder),
         "leftovers": [path.name for path in (folder / "runs/run/checkpoints").glob(".*")],
@@ -209,16 +226,18 @@ def _kill_one(server: Server, folder: Path, reference: Undisturbed, kill: Kill, 
         target = 0
     else:
         target = draw.choice(saves)
-        share, part = draw.random(), draw.random()
+        possible = STAGES[1 : -1 if target > KEEP * EVERY else -2]  # there is something to prune, or not
+        share, part, stage = draw.random(), draw.random(), draw.choice(possible)
+        _until_training(started, folder, kill.rank)
         if kill.kind == "notice":
-            after = time.monotonic() + reference.before + share * (target - step) * reference.step
-            _wait(started, lambda: time.monotonic() >= after and _steps(folder, kill.rank) > 0)
-            started.signal(kill.rank, signal.SIGUSR2)
+            _notify(started, kill.rank, share * (target - step) * reference.step)
             _wait(started, lambda: any(saved.glob(".tmp-step-*")))
-            target = next((int(p.name.rpartition("-")[2]) for p in saved.glob(".tmp-step-*")), 0)
+            target = next((int(p.name.rpartition("-")[2]) for p in saved.glob(".tmp-step-*")), target)
         else:
             _wait(started, lambda: checkpoints.staged(saved, target).exists())
-        moment = time.monotonic() + 1.15 * part * reference.save
+        wanted = STAGES.index(stage)
+        _wait(started, lambda: STAGES.index(stage_of(saved, target, KEEP, reference.state_bytes)) >= wanted)
+        moment = time.monotonic() + 0.2 * part * reference.save
         while time.monotonic() < moment:
             time.sleep(0.0002)
     if not started.running:
@@ -238,14 +257,42 @@ def _kill_one(server: Server, folder: Path, reference: Undisturbed, kill: Kill, 
     return True
 
 
-def _wait(started: Any, true: Callable[[], bool]) -> None:
+def _stop_one(server: Server, folder: Path, reference: Undisturbed, draw: random.Random) -> Stop | None:
+    """Start the run and give a notice to one rank alone; None if it ended before."""
+    saved, ranks = folder / "runs/run/checkpoints", len(reference.ledger)
+    found = checkpoints.find_complete(saved)
+    rank, part = draw.randrange(ranks), draw.random()
+    started = server.start(COMMAND, folder, ranks)
+    _until_training(started, folder, rank)
+    given = _notify(started, rank, part * (STEPS - (found.step if found else 0)) * reference.step)
+    codes = started.wait()
+    if codes == [0] * ranks:
+        return None
+    step, path = checkpoints.published(saved)[-1]
+    durable = path.stat().st_ctime - given  # a rename changes it
+    return Stop(rank, step, round(durable, 3), round(time.time() - given, 3), codes)
+
+
+def _until_training(started: Started, folder: Path, rank: int) -> None:
+    """Wait until a start has come to training and has cleared what a killed save had left."""
+    begun = len(starts(folder / "ledger", rank))
+    leftovers = (folder / "runs/run/checkpoints").glob
+    _wait(started, lambda: len(starts(folder / "ledger", rank)) > begun and not any(leftovers(".tmp-step-*")))
+
+
+def _notify(started: Started, rank: int, seconds: float) -> float:
+    """Send USR2 after a while; when it was sent."""
+    moment = time.monotonic() + seconds
+    _wait(started, lambda: time.monotonic() >= moment)
+    given = time.time()
+    started.signal(rank, signal.SIGUSR2)
+    return given
+
+
+def _wait(started: Started, true: Callable[[], bool]) -> None:
     until = time.monotonic() + 120
     while started.running and not true() and time.monotonic() < until:
         time.sleep(0.0005)
-
-
-def _steps(folder: Path, rank: int) -> int:
-    return sum(len(start.shown) for start in starts(folder / "ledger", rank)[-1:])
 
 
 def exported(folder: Path) -> dict[str, bytes]:
@@ -259,10 +306,12 @@ def exported(folder: Path) -> dict[str, bytes]:
 
 def last_state(folder: Path) -> dict[str, bytes]:
     """All tensors of the last checkpoint, as bytes, by their place in it."""
+
     def walk(value: Any, name: str) -> dict[str, bytes]:
         if isinstance(value, torch.Tensor):
             return {name: value.numpy().tobytes()}
-        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+        pairs = value.items() if isinstance(value, dict) else ()
+        items = enumerate(value) if isinstance(value, list | tuple) else pairs
         return {n: b for key, part in items for n, b in walk(part, f"{name}/{key}").items()}
 
     return walk(checkpoints.read_state(checkpoints.directory(folder / "runs/run/checkpoints", STEPS)), "")
@@ -272,6 +321,8 @@ def verdict(found: dict[str, Any]) -> list[str]:
     """What is wrong with a trial; empty if it is as if nothing had happened."""
     wrong = [name for name in ("same export", "same state") if not found[name]]
     wrong += [f"{name} {found[name]}" for name in ("lost", "doubled", "other", "leftovers") if found[name]]
+    if found["stop"] and set(found["stop"]["codes"]) != {75}:
+        wrong.append(f"stopped with {found['stop']['codes']}")
     wrong += [f"ended with {found['codes']}"] if any(found["codes"]) else []
     return wrong + [text for kill in found["kills"] for text in kill["untrue"]]
 
@@ -295,11 +346,14 @@ def plan(kills: int, first_seed: int = 0) -> list[tuple[int, int, int, int]]:
 def measure(kills: int, out: Path | None = None, first_seed: int = 0) -> dict[str, Any]:
     """All trials; those that `out` holds are kept."""
     known: dict[int, dict[str, Any]] = {}
+    past: dict[str, Any] = {}
     if out is not None and out.exists():
         before = json.loads(out.read_text(encoding="utf-8"))
-        known = {one["seed"]: one for one in before["trials"] if before["settings"] == settings()}
+        if before["settings"] == settings():
+            known = {one["seed"]: one for one in before["trials"]}
+            past = before["undisturbed"]
     report = {"circumstances": circumstances(Path(__file__).parent), "settings": settings(), "steps": STEPS,
-              "every": EVERY, "trials": []}  # fmt: skip
+              "every": EVERY, "undisturbed": past, "trials": []}  # fmt: skip
     trials: list[dict[str, Any]] = report["trials"]
     references: dict[int, Undisturbed] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -309,7 +363,11 @@ def measure(kills: int, out: Path | None = None, first_seed: int = 0) -> dict[st
         for seed, ranks, workers, number in plan(kills, first_seed):
             if seed not in known:
                 if ranks not in references:
-                    references[ranks] = undisturbed(server, root, ranks)
+                    references[ranks] = of = undisturbed(server, root, ranks)
+                    report["undisturbed"][str(ranks)] = {
+                        "seconds to the first step": of.before, "seconds of a step": of.step,
+                        "seconds of a save": of.save, "state bytes": of.state_bytes,
+                    }  # fmt: skip
                 known[seed] = trial(server, root, references[ranks], seed, number, workers)
             trials.append(known[seed])
             if out is not None:

@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PATHS = [str(ROOT / holder) for holder in ("benchmarks", "", "kernels", "datamodules", "callbacks", "slurm")]
 PATIENCE = 60.0
 """Seconds in which the other ranks of a killed one have ended by themselves."""
+STAGES = ("before", "staged", "filling", "flushing and hashing", "marked", "renamed, pruning", "after")
+"""Of a save, by what is on the disk."""
 LIMIT = 300.0
 """Seconds after which a start hangs."""
 
