@@ -102,7 +102,7 @@ class StepLoader(Generic[S]):
         if self._loader is None:
             if self._num_workers:
                 self._signals = WorkerSignals(self._worker_start)
-                weakref.finalize(self, self._signals.end)
+                weakref.finalize(self, self._signals.end).atexit = False  # that is its own
             # A generator of its own, because a loader without one draws from the global generator.
             self._loader = DataLoader(
                 _Items(self._draw), batch_sampler=self._steps, num_workers=self._num_workers, collate_fn=_as_list,  # type: ignore[arg-type]
