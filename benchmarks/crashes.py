@@ -221,8 +221,7 @@ def _kill_one(server: Server, folder: Path, reference: Undisturbed, kill: Kill, 
     whole = reference.before + (STEPS - step) * reference.step + reference.after
     kill.step = step
     if kill.kind == "time":
-        moment = started.began + draw.random() * whole
-        _wait(started, lambda: time.monotonic() >= moment)
+        _wait_for(draw.random() * whole, started, folder, reference, kill.rank, STEPS - step)
         target = 0
     else:
         target = draw.choice(saves)
@@ -280,6 +279,19 @@ def _until_training(started: Started, folder: Path, rank: int) -> None:
     _wait(started, lambda: len(starts(folder / "ledger", rank)) > begun and not any(leftovers(".tmp-step-*")))
 
 
+def _wait_for(moment: float, started: Started, folder: Path, reference: Undisturbed, rank: int, steps: int) -> None:
+    """Wait until a start is as far as it was to be after `moment` seconds, however slow the machine is just now."""
+    rest = moment
+    if moment >= reference.before:
+        begun = len(starts(folder / "ledger", rank))
+        done = min(steps, int((moment - reference.before) / reference.step))
+        _wait(started, lambda: len(starts(folder / "ledger", rank)) > begun)
+        _wait(started, lambda: len(starts(folder / "ledger", rank)[-1].shown) >= done)
+        rest = moment - reference.before - done * reference.step
+    until = time.monotonic() + rest
+    _wait(started, lambda: time.monotonic() >= until)
+
+
 def _notify(started: Started, rank: int, seconds: float) -> float:
     """Send USR2 after a while; when it was sent."""
     moment = time.monotonic() + seconds
@@ -332,15 +344,9 @@ def settings() -> str:
     return hashlib.sha256(json.dumps([RUN, KINDS]).encode()).hexdigest()[:16]
 
 
-def plan(kills: int, first_seed: int = 0) -> list[tuple[int, int, int, int]]:
-    """Seed, ranks, workers and number of kills of every trial: three of one rank, two of two in turns."""
-    shapes = ((1, 0, 3), (2, 0, 2), (1, 2, 3))
-    found, left, seed = [], kills, first_seed
-    while left > 0:
-        ranks, workers, number = shapes[(seed - first_seed) % len(shapes)]
-        found.append((seed, ranks, workers, min(number, left)))
-        left, seed = left - min(number, left), seed + 1
-    return found
+def shape(seed: int) -> tuple[int, int, int]:
+    """Ranks, workers and number of kills of a trial."""
+    return ((1, 0, 3), (2, 0, 2), (1, 2, 3))[seed % 3]
 
 
 def measure(kills: int, out: Path | None = None, first_seed: int = 0) -> dict[str, Any]:
@@ -360,7 +366,9 @@ def measure(kills: int, out: Path | None = None, first_seed: int = 0) -> dict[st
         root = Path(folder)
         place(root)
         server = Server()
-        for seed, ranks, workers, number in plan(kills, first_seed):
+        seed, left = first_seed, kills
+        while left > 0:
+            ranks, workers, number = shape(seed)
             if seed not in known:
                 if ranks not in references:
                     references[ranks] = of = undisturbed(server, root, ranks)
@@ -368,8 +376,10 @@ def measure(kills: int, out: Path | None = None, first_seed: int = 0) -> dict[st
                         "seconds to the first step": of.before, "seconds of a step": of.step,
                         "seconds of a save": of.save, "state bytes": of.state_bytes,
                     }  # fmt: skip
-                known[seed] = trial(server, root, references[ranks], seed, number, workers)
+                known[seed] = trial(server, root, references[ranks], seed, min(number, left), workers)
             trials.append(known[seed])
+            left -= len(known[seed]["kills"])
+            seed += 1
             if out is not None:
                 write_text(out, json.dumps(report, indent=1) + "\n")
     return report
