@@ -1,4 +1,4 @@
-"""Runs on the Slurm of these tests: their folder and configuration, `litp slurm submit`, and waiting for what happens."""
+"""Runs on the Slurm of these tests: their folder and configuration, `litp slurm submit`, and waiting for an event."""
 
 from __future__ import annotations
 
