@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -177,4 +179,49 @@ def test_a_signal_saves_at_a_step_boundary(
     assert noted.notice is None and not noted.interrupt, "it was heeded; the next training is another one"
     assert_same(state(tmp_path, 3), undisturbed[3])
     train(base, tmp_path, STEPS, resume=True)
+    assert_same(state(tmp_path, STEPS), undisturbed[STEPS])
+
+
+@pytest.mark.parametrize("number", NOTICES)
+def test_a_notice_during_the_save_of_another(
+    base: Path, tmp_path: Path, undisturbed: Any, number: signal.Signals
+) -> None:
+    """And with handlers installed before, as submitit does: they are not called, and get their signals back."""
+    theirs: list[int] = []
+
+    def handler(number: int, frame: Any) -> None:
+        theirs.append(number)
+
+    class Press(pl.Callback):
+        def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 2:
+                signal.raise_signal(signal.SIGUSR2)
+
+        def on_save_checkpoint(self, *_: Any) -> None:
+            signal.raise_signal(number)
+
+    before = {number: signal.signal(number, handler) for number in NOTICES}
+    try:
+        callbacks = [RunCheckpoint(tmp_path / "checkpoints", every=100), AdapterEma(0.9), NonFiniteGuard()]
+        with pytest.raises(SystemExit):
+            train(base, tmp_path, STEPS, [Press(), *callbacks, Throughput()])
+        assert all(signal.getsignal(number) is handler for number in NOTICES) and not theirs
+        signal.raise_signal(number)
+        assert theirs == [number]
+    finally:
+        for each, was in before.items():
+            signal.signal(each, was)
+    assert noted.notice is None
+    assert_same(state(tmp_path, 3), undisturbed[3])
+    train(base, tmp_path, STEPS, resume=True)
+    assert_same(state(tmp_path, STEPS), undisturbed[STEPS])
+
+
+def test_a_clock_that_goes_back(base: Path, tmp_path: Path, undisturbed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an hour at every look, in both parts of a run."""
+    hours = itertools.count()
+    monkeypatch.setattr(time, "time", lambda: 2e9 - 3600 * next(hours))
+    train(base, tmp_path, 5, every=2)
+    train(base, tmp_path, STEPS, resume=True)
+    assert next(hours) > 0
     assert_same(state(tmp_path, STEPS), undisturbed[STEPS])

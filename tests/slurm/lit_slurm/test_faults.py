@@ -78,6 +78,12 @@ def lose_node(box: Path, node: str, job: str) -> None:
     slurm("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
 
 
+def limit_soon(job: str) -> None:
+    """Lower the limit of a running job to the next minutes; Slurm gives the notice up to half a minute early."""
+    *_, minutes, seconds = slurm("squeue", "-h", "-j", job, "-o", "%M").split(":")
+    slurm("scontrol", "update", f"JobId={job}", f"TimeLimit={(60 * int(minutes) + int(seconds) + 45) // 60 + 1}")
+
+
 def durable(name: str) -> float:
     """Seconds from the notice in the process to the published checkpoint."""
     given = float(Path("holds", name, "noticed").read_text())
@@ -99,10 +105,11 @@ def outcome(slurm_box: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def _happen(box: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     on = "[--nodelist=n%d]"
-    limited = held_run("limited", LIMITED, "--slurm.extra", on % 4, "--slurm.time", "0:02:00", "--slurm.lead", "20")
+    limited = held_run("limited", LIMITED, "--slurm.extra", on % 4, "--slurm.lead", "10")
     lost = held_run("lost", LOST, "--slurm.extra", on % 3)
     until(lambda: held("limited") and held("lost"), "first runs in training", log_of("limited", limited), WAIT)
     lose_node(box, "n3", lost)
+    limit_soon(limited)
     array = held_run("task-{task}", "{task}", "--slurm.array", f"0-{TASKS - 1}")
     names = [f"task-{task}" for task in range(TASKS)]
 
@@ -113,8 +120,7 @@ def _happen(box: Path) -> dict[str, Any]:
 
     until(lambda: held("limited", "noticed"), "a time limit", log_of("limited", limited), WAIT)
     until(lambda: not (w := waiting(limited)) or "RUNNING" not in w, "the save", log_of("limited", limited), WAIT)
-    with suppress(subprocess.CalledProcessError):  # it could have ended
-        slurm("scontrol", "update", f"JobId={limited}", "TimeLimit=60")
+    slurm("scontrol", "update", f"JobId={limited}", "TimeLimit=60")
 
     until(lambda: all(held(name) for name in names), "eight runs", log_of("task-task", f"{array}_0"), WAIT)
     given = time.time()
