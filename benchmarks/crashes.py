@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from lit_personalize.backbones.tiny import write_tiny_base
 from lit_personalize.report.circumstances import circumstances
 from lit_personalize.tinyworld.dataset import sample_pictures, write_folder, write_shards
 
-STEPS, EVERY, KEEP = 16, 4, 2
+STEPS, EVERY, KEEP = 12, 3, 2
 TOKEN = {"token": "<new1>", "init": "CLASS", "lr": 0.02}
 RUN: dict[str, Any] = {
     "name": "run",
@@ -76,7 +77,7 @@ RUN: dict[str, Any] = {
     },
 }  # fmt: skip
 COMMAND = ("-c", "run.yaml")
-KINDS = ("time", "save", "time", "notice")
+KINDS = ("save", "time", "notice", "time")
 """Of the kills of a trial, in turns."""
 
 
@@ -176,7 +177,7 @@ def undisturbed(server: Server, root: Path, ranks: int) -> Undisturbed:
     )  # fmt: skip
 
 
-def trial(server: Server, root: Path, reference: Undisturbed, seed: int, kills: int, workers: int) -> dict[str, Any]:
+def trial(server: Server, root: Path, seed: int, reference: Undisturbed, kills: int, workers: int) -> dict[str, Any]:
     """One run with its kills; all figures of it."""
     ranks, draw = len(reference.ledger), random.Random(seed)
     folder = run_folder(root, f"trial-{seed}", workers)
@@ -349,8 +350,8 @@ def shape(seed: int) -> tuple[int, int, int]:
     return ((1, 0, 3), (2, 0, 2), (1, 2, 3))[seed % 3]
 
 
-def measure(kills: int, out: Path | None = None, first_seed: int = 0) -> dict[str, Any]:
-    """All trials; those that `out` holds are kept."""
+def measure(kills: int, out: Path | None = None, first_seed: int = 0, jobs: int = 1) -> dict[str, Any]:
+    """Trials until there were so many kills, some at once; those that `out` holds are kept."""
     known: dict[int, dict[str, Any]] = {}
     past: dict[str, Any] = {}
     if out is not None and out.exists():
@@ -367,21 +368,24 @@ def measure(kills: int, out: Path | None = None, first_seed: int = 0) -> dict[st
         place(root)
         server = Server()
         seed, left = first_seed, kills
-        while left > 0:
-            ranks, workers, number = shape(seed)
-            if seed not in known:
-                if ranks not in references:
-                    references[ranks] = of = undisturbed(server, root, ranks)
-                    report["undisturbed"][str(ranks)] = {
-                        "seconds to the first step": of.before, "seconds of a step": of.step,
-                        "seconds of a save": of.save, "state bytes": of.state_bytes,
-                    }  # fmt: skip
-                known[seed] = trial(server, root, references[ranks], seed, min(number, left), workers)
-            trials.append(known[seed])
-            left -= len(known[seed]["kills"])
-            seed += 1
-            if out is not None:
-                write_text(out, json.dumps(report, indent=1) + "\n")
+        with ThreadPoolExecutor(jobs) as pool:
+            while left > 0:
+                batch, planned = [], left
+                while planned > 0 and len(batch) < jobs:
+                    ranks, workers, number = shape(seed)
+                    if seed not in known and ranks not in references:
+                        references[ranks] = of = undisturbed(server, root, ranks)
+                        past[str(ranks)] = {
+                            "seconds to the first step": of.before, "seconds of a step": of.step,
+                            "seconds of a save": of.save, "state bytes": of.state_bytes,
+                        }  # fmt: skip
+                    batch.append((seed, references.get(ranks), min(number, planned), workers))
+                    seed, planned = seed + 1, planned - number
+                done = list(pool.map(lambda one: known.get(one[0]) or trial(server, root, *one), batch))
+                trials += done
+                left -= sum(len(one["kills"]) for one in done)
+                if out is not None:
+                    write_text(out, json.dumps(report, indent=1) + "\n")
     return report
 
 
@@ -389,9 +393,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="trials at once")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
-    report = measure(options.kills, options.out, options.first_seed)
+    report = measure(options.kills, options.out, options.first_seed, options.jobs)
     wrong = {one["seed"]: verdict(one) for one in report["trials"] if verdict(one)}
     counts = {"kills": sum(len(one["kills"]) for one in report["trials"]), "wrong": wrong}
     print(json.dumps(counts))

@@ -1,7 +1,7 @@
 """What a save costs a training: bytes, and the time that the next step waits, beside the time of a step.
 
-The recipe `lora/tinyworld` on the embedded base, by `litp fit`; a save every few steps. The wait is the median step with
-a save before it less the median step without.
+The recipe `lora/tinyworld` on the embedded base, by `litp fit`; a save every few steps. The wait is the median step
+with a save before it less the median step without.
 
     python benchmarks/save_cost.py [--steps 60] [--out benchmarks/save_cost_cpu.json]
 """

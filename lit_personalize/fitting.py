@@ -244,9 +244,9 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> bool:
         if keeper.preempted:
             if is_rank_zero():
                 run.note_preemption(f"{keeper.preempted} step={keeper.last_saved}")
-            raise PreemptedError(f"{keeper.preempted}: {_saved(keeper.last_saved)}; the same command continues") from exit_
+            raise PreemptedError(f"{keeper.preempted}: {_saved(keeper.last_saved)}") from exit_
         if keeper.interrupted:
-            raise KeyboardInterrupt(f"{_saved(keeper.last_saved)}; the same command continues") from exit_
+            raise KeyboardInterrupt(_saved(keeper.last_saved)) from exit_
         raise
     except Exception as error:
         if others.lost:
@@ -272,7 +272,8 @@ def _tell_what_was_found(run: RunDirectory, found: checkpoints.Found | None) -> 
 
 
 def _saved(step: int | None) -> str:
-    return "nothing is saved yet" if step is None else f"saved at step {step}"
+    saved = "nothing is saved yet" if step is None else f"saved at step {step}"
+    return f"{saved}; the same command continues"
 
 
 def _out_of_time(trainer: pl.Trainer) -> bool:
