@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -214,14 +212,4 @@ def test_a_notice_during_the_save_of_another(
     assert noted.notice is None
     assert_same(state(tmp_path, 3), undisturbed[3])
     train(base, tmp_path, STEPS, resume=True)
-    assert_same(state(tmp_path, STEPS), undisturbed[STEPS])
-
-
-def test_a_clock_that_goes_back(base: Path, tmp_path: Path, undisturbed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By an hour at every look, in both parts of a run."""
-    hours = itertools.count()
-    monkeypatch.setattr(time, "time", lambda: 2e9 - 3600 * next(hours))
-    train(base, tmp_path, 5, every=2)
-    train(base, tmp_path, STEPS, resume=True)
-    assert next(hours) > 0
     assert_same(state(tmp_path, STEPS), undisturbed[STEPS])
