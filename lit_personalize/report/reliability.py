@@ -72,15 +72,15 @@ def _crashes(report: dict[str, Any]) -> str:
         two = sum(len(kill["codes"]) > 1 for kill in found)
         counts = " | ".join(str(stages[stage]) if text != KINDS["time"] else "" for stage in STAGES)
         lines.append(f"| {text} | {len(found)} | {two} | {counts} |")
-    lines += ["", "The stage is what was on the disk when the process was gone; the rest of the saves had just been done."]
+    lines += ["", "The stage is what was on the disk when the process was gone; all other saves had just been done."]
     stops = [trial["stop"] for trial in trials if trial["stop"]]
     agreed = sum(set(stop["codes"]) == {75} for stop in stops)
     of_two = sum(len(stop["codes"]) > 1 for stop in stops)
     step = " and ".join(f"{of['seconds of a step']:.2f} s on {n}" for n, of in sorted(report["undisturbed"].items()))
     lines += [
         "",
-        f"**Notices.** {len(stops)} times USR2 to one rank alone, {of_two} times of two: {agreed} times all ranks saved "
-        f"the same step and ended with 75. A step took {step} rank(s).",
+        f"**Notices.** {len(stops)} times USR2 to one rank alone, {of_two} times of two: {agreed} times all ranks "
+        f"saved the same step and ended with 75. A step took {step} rank(s).",
         "",
         "| from the signal | seconds |",
         "| --- | --- |",

@@ -21,8 +21,9 @@ def trial(**changed: Any) -> dict[str, Any]:
 
 
 def test_counts_are_those_of_the_record(tmp_path: Path) -> None:
-    report = {"circumstances": ABOUT, "steps": 12, "every": 3, "undisturbed": {"2": {"seconds of a step": 0.2}},
-              "trials": [trial(), trial(lost=3, codes=[0, 1]), trial(**{"same state": False, "stop": None})]}  # fmt: skip
+    trials = [trial(), trial(lost=3, codes=[0, 1]), trial(**{"same state": False, "stop": None})]
+    report = {"circumstances": ABOUT, "steps": 12, "every": 3, "trials": trials,
+              "undisturbed": {"2": {"seconds of a step": 0.2}}}  # fmt: skip
     (tmp_path / CRASHES).write_text(json.dumps(report))
     text = reliability_tables(tmp_path)
     for line in (
