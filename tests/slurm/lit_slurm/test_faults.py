@@ -113,15 +113,14 @@ def _happen(box: Path) -> dict[str, Any]:
     array = held_run("task-{task}", "{task}", "--slurm.array", f"0-{TASKS - 1}")
     names = [f"task-{task}" for task in range(TASKS)]
 
-    for seed in range(TASKS + 2):
-        given = ["--name", f"undisturbed-{seed}", SEED, str(seed), "--trainer.devices", "1"]
-        assert main(["fit", "-c", "run.yaml", *given]) == 0
-    slurm("slurmd", "-N", "n3")
-
     until(lambda: held("limited", "noticed"), "a time limit", log_of("limited", limited), WAIT)
     until(lambda: not (w := waiting(limited)) or "RUNNING" not in w, "the save", log_of("limited", limited), WAIT)
     slurm("scontrol", "update", f"JobId={limited}", "TimeLimit=60")
+    slurm("slurmd", "-N", "n3")
 
+    for seed in range(TASKS + 2):
+        given = ["--name", f"undisturbed-{seed}", SEED, str(seed), "--trainer.devices", "1"]
+        assert main(["fit", "-c", "run.yaml", *given]) == 0
     until(lambda: all(held(name) for name in names), "eight runs", log_of("task-task", f"{array}_0"), WAIT)
     high = submit("high", SEED, "0", "--slurm.partition", "high", "--slurm.cpus", str(TAKEN))
     until(lambda: sum(held(name, "noticed") for name in names) >= TAKEN, "preemption", log_of("high", high), WAIT)
