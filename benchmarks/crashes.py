@@ -225,7 +225,7 @@ def _kill_one(server: Server, folder: Path, reference: Undisturbed, kill: Kill, 
         _wait_for(draw.random() * whole, started, folder, reference, kill.rank, STEPS - step)
         target = 0
     else:
-        target = draw.choice(saves)
+        target = draw.choice(saves[:2])  # later ones would leave little for further kills
         possible = STAGES[1 : -1 if target > KEEP * EVERY else -2]  # there is something to prune, or not
         share, part, stage = draw.random(), draw.random(), draw.choice(possible)
         _until_training(started, folder, kill.rank)
