@@ -262,17 +262,22 @@ def size_of(path: Path) -> int:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """All that the trainer saved into a checkpoint with an unsharded state, tensors on the CPU."""
+    """What the trainer saved into a checkpoint, tensors on the CPU; of a sharded state without the optimizer's."""
     import torch
 
-    return dict(torch.load(Path(path) / STATE, map_location="cpu", weights_only=True))
+    from lit_personalize import sharded_state
+
+    state = Path(path) / STATE
+    if sharded_state.kind(state) != "whole":
+        return sharded_state.read_state(state)
+    return dict(torch.load(state, map_location="cpu", weights_only=True))
 
 
 def load_state(path: Path, *, averaged: bool = False) -> dict[str, Any]:
     """The trained tensors of a checkpoint by the objective's state-dict names, on the CPU.
 
     Args:
-        path: A published checkpoint directory with an unsharded state.
+        path: A published checkpoint directory.
         averaged: Take the moving average instead where the run kept one.
     """
     state = read_state(path)

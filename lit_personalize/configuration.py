@@ -258,6 +258,7 @@ MISSING = re.compile(r"(?:No module named '|import of )(\w+)")
 NO_CALLABLE = re.compile(r"expects a function or a callable class: (.+?)\. Got value")
 EXTRAS = {"bitsandbytes": "bitsandbytes", "prodigyopt": "prodigy"}
 """Optional packages by the extra of ours that installs them."""
+NO_DEEPSPEED = "you must have DeepSpeed installed"
 NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 
 
@@ -267,6 +268,8 @@ def explain(message: str) -> str:
         if match := pattern.search(message):
             key = match[1]
             return f"unknown key {key!r}{suggestion(key, known_keys())}"
+    if NO_DEEPSPEED in message:
+        return "trainer.strategy: package deepspeed is not installed; pip install 'lit-personalize[cluster]'"
     keys = KEY.findall(message)
     key = ".".join(dict.fromkeys(keys))
     if keys and (match := NO_CLASS.search(message)):

@@ -21,8 +21,9 @@ import lightning.pytorch as pl
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import LambdaCallback, Timer
+from lightning.pytorch.strategies import Strategy
 
-from lit_personalize import checkpoints, preflight, stop_signals
+from lit_personalize import checkpoints, preflight, sharded_state, stop_signals, strategies
 from lit_personalize.adapters.protocol import AdapterWeights
 from lit_personalize.adapters.token_embedding import CLASS
 from lit_personalize.batch import Role
@@ -63,6 +64,9 @@ def fit(arguments: Sequence[str]) -> RunDirectory:
         name_initial_words(built)
         finished = train(built, run, resolved)
         if is_rank_zero():
+            if built.model.spread:  # what is left of it is this rank's share
+                built.model = instantiate(parser, config).model
+                name_initial_words(built)
             export_run(built, run)
             if finished:
                 run.mark_finished(resolved)
@@ -232,6 +236,9 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> bool:
         log.info("run %s: resumed at step %d of %s", run.name, found.step, whole)
     quiet_lightning()
     trainer = build_trainer(built, run, found.step if found else 0)
+    if found:
+        refuse_other_layout(found, built.model, trainer.strategy)
+    strategies.prepare(trainer.strategy, built.model, ema=built.ema is not None, best=built.checkpoint.best)
     # Only here is the checkpoint read, and found to fit or not.
     others = OtherRanks()
     trainer.callbacks += [LambdaCallback(on_train_start=lambda *_: record()), others]  # type: ignore[attr-defined]
@@ -274,6 +281,23 @@ def _tell_what_was_found(run: RunDirectory, found: checkpoints.Found | None) -> 
 def _saved(step: int | None) -> str:
     saved = "nothing is saved yet" if step is None else f"saved at step {step}"
     return f"{saved}; the same command continues"
+
+
+def refuse_other_layout(found: checkpoints.Found, objective: Denoising, strategy: Strategy) -> None:
+    """Refuse what the strategy cannot read, before it tries.
+
+    Raises:
+        UsageError: The checkpoint is of another kind of strategy.
+        DataError: It is a sharded one of other adapters or of another base.
+    """
+    written, read = sharded_state.kind(found.state), strategies.state_kind(strategy)
+    if written != read:
+        raise UsageError(
+            f"checkpoint {found.path.name} has a {written} state, and {type(strategy).__name__} reads a {read} one: go "
+            "on with the strategy that wrote it, or take a new run name"
+        )
+    if written != "whole":
+        objective.check_resumable(sharded_state.read_state(found.state, device="meta"))
 
 
 def _out_of_time(trainer: pl.Trainer) -> bool:

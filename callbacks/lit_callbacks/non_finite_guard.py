@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_personalize.batch import Batch
 from lit_personalize.errors import NonFiniteError, UsageError
+from lit_personalize.sharding import local
 
 log = logging.getLogger(__name__)
 LISTED = 8
@@ -82,7 +83,10 @@ class NonFiniteGuard(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The last step has no successor that would check what it left."""
         parameters = [p for p in pl_module.parameters() if p.requires_grad]
-        if not math.isfinite(float(_largest(parameters))):
+        wrong = not math.isfinite(float(_largest(parameters)))
+        if trainer.world_size > 1:
+            wrong = trainer.strategy.reduce_boolean_decision(wrong, all=False)
+        if wrong:
             raise NonFiniteError(f"step {trainer.global_step}: the last step left adapters that are not finite")
 
     def state_dict(self) -> dict[str, Any]:
@@ -95,6 +99,7 @@ class NonFiniteGuard(Callback):
 @torch.no_grad()
 def _largest(tensors: list[Any]) -> Tensor:
     """The largest magnitude of all, NaN or infinite if one of them is; a scalar of their type."""
+    tensors = [share for t in tensors if (share := local(t)).numel()]
     if not tensors:
         return torch.zeros(())
     # One copy of all small ones: a reduction for each of hundreds of factors takes four times as long.

@@ -19,6 +19,7 @@ from torch import Tensor
 from lit_callbacks.direct_checkpoint_io import DirectCheckpointIO
 from lit_personalize import atomic, checkpoints, stop_signals
 from lit_personalize.errors import UsageError
+from lit_personalize.sharding import local
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +214,7 @@ class RunCheckpoint(Callback):
         """Size of the newest checkpoint, or what adapters, two moments and an average will take."""
         if earlier := checkpoints.published(self.folder):
             return int(1.05 * checkpoints.size_of(earlier[-1][1]))
-        return 4 * sum(t.nbytes for t in trainer.lightning_module.state_dict().values() if isinstance(t, Tensor))
+        return 4 * sum(p.nbytes for p in trainer.lightning_module.parameters() if p.requires_grad)
 
     def _note_best(self, trainer: pl.Trainer) -> None:
         """Remember this step if its metric is the best so far; done before saving, so that the state knows."""
@@ -234,7 +235,7 @@ def is_finite(trainer: pl.Trainer) -> bool:
     """Whether every trained parameter and every optimizer state of this rank is finite."""
     total = torch.zeros((), device=trainer.strategy.root_device)
     for tensor in _floating(trainer):
-        total = total + (~torch.isfinite(tensor)).any().to(total)
+        total = total + (~torch.isfinite(local(tensor))).any().to(total)
     return float(total) == 0
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from lit_callbacks import picture_grid
 from lit_callbacks.adapter_ema import AdapterEma
-from lit_personalize import atomic
+from lit_personalize import atomic, strategies
 from lit_personalize.errors import UsageError
 from lit_personalize.sampling.sampler import SamplingOptions, generate
 
@@ -108,11 +108,14 @@ class SampleGrid(Callback):
 
     def draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw, write and log the column of the present step; failures are logged, never raised."""
-        if not trainer.is_global_zero:
+        if not (trainer.is_global_zero or strategies.draws_together(trainer.strategy)):
             return
         step = trainer.global_step
         try:
-            pictures = self._generate(trainer, pl_module)
+            with strategies.whole(trainer):
+                pictures = self._generate(trainer, pl_module)
+            if not trainer.is_global_zero:
+                return
             self._warn_of_black(pictures, step)
             self._write(pictures, step)
             grid = self.assemble()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,29 @@ class EffectiveWeights(Adapter):
         self.attached = True
         self.refresh(base.dtype)
 
+    @property
+    def elementwise(self) -> bool:
+        """Where the factors are the changes themselves."""
+        return type(self).changes is EffectiveWeights.changes
+
+    def place(self) -> dict[str, nn.Parameter]:
+        """Make each change a parameter of its layer, if it is a factor itself."""
+        if not self.elementwise:
+            return super().place()
+        moved = dict(self.factors.items())
+        of_layers = PlacedFactors()
+        for (key, factor), shadow in zip(moved.items(), self._shadows.values(), strict=True):
+            of_layers.places[key] = shadow.layer, shadow.place(self.name, factor)
+        del self.factors
+        self.factors: Any = of_layers
+        self.refresh(torch.float32)
+        return moved
+
     def refresh(self, dtype: torch.dtype) -> None:
+        if isinstance(self.factors, PlacedFactors):
+            for shadow in self._shadows.values():
+                shadow.placed[self.name] = self.active
+            return
         for name, change in self.changes() if self.active else ((name, None) for name in self._shadows):
             self._shadows[name].set(self.name, change)
 
@@ -61,3 +84,20 @@ class EffectiveWeights(Adapter):
 
     def layers(self) -> list[str]:
         return list(self._shadows)
+
+
+class PlacedFactors(Mapping[str, nn.Parameter]):
+    """Factors that are parameters of layers: what they are now, which a sharding strategy replaces."""
+
+    def __init__(self) -> None:
+        self.places: dict[str, tuple[nn.Module, str]] = {}
+
+    def __getitem__(self, key: str) -> nn.Parameter:
+        module, attribute = self.places[key]
+        return module._parameters[attribute]  # type: ignore[return-value]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)

@@ -194,7 +194,7 @@ class LoRA(Adapter):
         for layer, scale in self._scales().items():  # the norms are those of the coming step
             factors = self._factors(layer)
             scale.refresh(factors.down, factors.up, factors.alpha / factors.rank)
-        if dtype == torch.float32 and self._dtype == dtype:
+        if dtype == torch.float32 and self._dtype == dtype and self.steady:
             return  # the layers already hold the factors themselves
         for layer, module in self._peft.items():
             for part, linear in (("A", module.lora_A[self.name]), ("B", module.lora_B[self.name])):  # type: ignore[operator,index]
@@ -203,6 +203,10 @@ class LoRA(Adapter):
                 # Not a registered parameter: the base's state dict stays free of adapters.
                 linear.__dict__["weight"] = factor if own else factor.to(dtype)
         self._dtype = dtype
+
+    def place(self) -> dict[str, nn.Parameter]:
+        """Nothing moves: the factors are small."""
+        return super().place() if self.use_dora else {}
 
     def leave_rounding_to(self, fused: Collection[str]) -> None:
         """Fused layers take the factors themselves: no cast is launched, and gradients come back in fp32."""

@@ -148,6 +148,8 @@ class Adapter(nn.Module, ABC):
         self.learning = True
         """Whether the present step lies in the span."""
         self.active = True
+        self.steady = True
+        """Whether the factors stay the same tensors from step to step; where ranks hold shares, they do not."""
         self.attached = False
         self.factors = nn.ParameterDict()
 
@@ -202,6 +204,27 @@ class Adapter(nn.Module, ABC):
 
     def refresh(self, dtype: torch.dtype) -> None:
         """Cast the weights once for the coming step; the factors themselves stay fp32."""
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether a share of a factor can be trained by itself: between steps nothing but the optimizer reads it."""
+        return False
+
+    @property
+    def corrects(self) -> bool:
+        """Whether `after_step` changes factors."""
+        return False
+
+    def place(self) -> dict[str, nn.Parameter]:
+        """Prepare for a base whose weights are whole only while they are used (`lit_personalize.sharding`).
+
+        Returns:
+            Factors that are parameters of the base's layers from now on, by their keys in `factors`.
+
+        Raises:
+            UsageError: This adapter reads weights of the base between steps.
+        """
+        raise UsageError(f"{self.name}: {type(self).__name__} needs whole weights of the base; train it with DDP")
 
     def leave_rounding_to(self, fused: Collection[str]) -> None:
         """Hear which layers now run kernels that read fp32 factors; most adapters hand out whole weights."""

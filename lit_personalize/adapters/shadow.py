@@ -6,8 +6,9 @@ base's `parameters()` and `state_dict()` stay stock, and switching an adapter is
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ class WeightShadow:
         self.layer = layer
         self.parameter = parameter
         self.deltas: dict[str, Tensor] = {}
+        self.placed: dict[str, bool] = {}
+        """Adapters whose ΔW is a parameter of the layer, and whether they are on."""
         self.shut_off: dict[str, tuple[Tensor, float]] = {}
         """By adapter: flat indices of weights that are zero, and how far (1 is all the way)."""
 
@@ -42,6 +45,45 @@ class WeightShadow:
         if delta is not None:
             self.deltas[name] = delta
         self._show()
+
+    def place(self, name: str, delta: nn.Parameter) -> str:
+        """Make one adapter's ΔW a parameter of the layer; the sum is formed whenever the layer runs.
+
+        So a strategy that gathers a layer's weights only while it runs gathers and frees ΔW with them.
+
+        Returns:
+            The attribute that holds it.
+        """
+        self.set(name, None)
+        if not self.placed:
+            self._wrap_forward()
+        self.placed[name] = True
+        self.layer.register_parameter(attribute := self._attribute(name), delta)
+        return attribute
+
+    def _wrap_forward(self) -> None:
+        """Form the sum inside the layer's own forward: behind the hooks by which a strategy gathers its weights.
+
+        Not in a hook of its own, which could come before those; DeepSpeed then frees ΔW before it has its gradient.
+        """
+        inner = self.layer.forward
+
+        @functools.wraps(inner)
+        def forward(*inputs: Any, **named: Any) -> Any:
+            parts = self.layer._parameters
+            self.deltas |= {n: cast(Tensor, parts[self._attribute(n)]) for n, on in self.placed.items() if on}
+            self._show()
+            try:
+                return inner(*inputs, **named)
+            finally:
+                for name in self.placed:
+                    self.deltas.pop(name, None)
+                self.layer.__dict__.pop(self.parameter, None)
+
+        self.layer.forward = forward  # type: ignore[method-assign]
+
+    def _attribute(self, name: str) -> str:
+        return f"{self.parameter}_change_{name}".replace(".", "_")
 
     def shut(self, name: str, indices: Tensor | None, share: float = 1.0) -> None:
         """Scale the weights of W0 at flat `indices` by 1 - `share`, or (None) no more; for two adapters, the lower."""

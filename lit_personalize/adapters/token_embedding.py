@@ -190,6 +190,15 @@ class TokenEmbedding(Adapter):
 
     # ---- the protocol -----------------------------------------------------------------------------
 
+    @property
+    def corrects(self) -> bool:
+        """Where rows are drawn to a size, or are locked at first."""
+        return self.norm != "free" or self.unlock_every is not None
+
+    def place(self) -> dict[str, nn.Parameter]:
+        """Nothing moves: the rows are small."""
+        return {}
+
     def layers(self) -> list[str]:
         return []
 

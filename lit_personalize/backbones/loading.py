@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -48,6 +48,7 @@ def load_base(
     config: str | Path | None = None,
     device: str | torch.device = "cpu",
     zero_terminal_snr: bool = False,
+    weights: bool = True,
 ) -> Base:
     """Load a base with frozen weights.
 
@@ -58,6 +59,8 @@ def load_base(
         config: For a single file: a diffusers directory of the same family that gives configs and
             tokenizers, so that nothing is fetched.
         zero_terminal_snr: See `Base.use_zero_terminal_snr`.
+        weights: False builds the modules on the meta device from their configs alone, to count and to plan with: no
+            weights are read, and there need not be any; the fingerprint is empty.
 
     Raises:
         DataError: A part is missing or damaged; the message names it.
@@ -68,11 +71,17 @@ def load_base(
     family = StableDiffusionXL if _is_xl(index_of(config_directory(base, config))) else StableDiffusion
     if vae_dtype is None:
         vae_dtype = torch.float32 if family is StableDiffusionXL and dtype == torch.float16 else dtype
-    parts = parts_of(base, config, dtype, DTYPES[vae_dtype] if isinstance(vae_dtype, str) else vae_dtype)
-    built = family(**parts, fingerprint=fingerprint_of(path), source=str(base), config=config)
+    vae_dtype = DTYPES[vae_dtype] if isinstance(vae_dtype, str) else vae_dtype
+    if weights:
+        parts = parts_of(base, config, dtype, vae_dtype)
+    else:
+        with torch.device("meta"):
+            parts = _parts_of_directory(config_directory(base, config), dtype, vae_dtype, _build_part)
+    fingerprint = fingerprint_of(path) if weights else ""
+    built = family(**parts, fingerprint=fingerprint, source=str(base), config=config)
     if zero_terminal_snr:
         built.use_zero_terminal_snr()
-    return built.to(device)
+    return built.to(device) if weights else built
 
 
 def parts_of(
@@ -129,7 +138,10 @@ def _is_xl(index: Mapping[str, Any]) -> bool:
     return "XL" in index.get("_class_name", "")
 
 
-def _parts_of_directory(path: Path, dtype: torch.dtype, vae_dtype: torch.dtype) -> dict[str, Any]:
+def _parts_of_directory(
+    path: Path, dtype: torch.dtype, vae_dtype: torch.dtype, part: Callable[..., nn.Module] | None = None
+) -> dict[str, Any]:
+    part = part or _load_part
     listed = index_of(path)
     wanted = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
     if _is_xl(listed):
@@ -140,9 +152,9 @@ def _parts_of_directory(path: Path, dtype: torch.dtype, vae_dtype: torch.dtype) 
         raise DataError(f"base {path} lacks {', '.join(missing)}: copy the complete diffusers directory")
     encoders = [name for name in ("text_encoder", "text_encoder_2") if name in wanted]
     return {
-        "unet": _load_part(path, "unet", dtype),
-        "vae": _load_part(path, "vae", vae_dtype),
-        "text_encoders": [_load_part(path, name, dtype, listed[name][1]) for name in encoders],
+        "unet": part(path, "unet", dtype),
+        "vae": part(path, "vae", vae_dtype),
+        "text_encoders": [part(path, name, dtype, listed[name][1]) for name in encoders],
         "tokenizers": [_load_tokenizer(path, n) for n in ("tokenizer", "tokenizer_2") if n in wanted],
         "scheduler": _load_scheduler(path),
         "force_zeros_for_empty_prompt": _forces_zeros(listed),
@@ -154,13 +166,27 @@ def _forces_zeros(index: Mapping[str, Any]) -> bool:
     return _is_xl(index) and bool(index.get("force_zeros_for_empty_prompt", True))
 
 
-def _load_part(path: Path, name: str, dtype: torch.dtype, class_name: str = "CLIPTextModel") -> nn.Module:
+def _class_of(name: str, class_name: str) -> Any:
     import transformers
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    classes = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
-    kind: Any = classes.get(name) or getattr(transformers, class_name)
-    keyword = "torch_dtype" if name in classes else "dtype"
+    return {"unet": UNet2DConditionModel, "vae": AutoencoderKL}.get(name) or getattr(transformers, class_name)
+
+
+def _build_part(path: Path, name: str, dtype: torch.dtype, class_name: str = "CLIPTextModel") -> nn.Module:
+    """A part by its config, without weights, on the device of the context."""
+    kind = _class_of(name, class_name)
+    try:
+        if name in ("unet", "vae"):
+            return cast(nn.Module, kind.from_config(kind.load_config(path / name, local_files_only=True)).to(dtype))
+        return cast(nn.Module, kind(kind.config_class.from_pretrained(path / name, local_files_only=True)).to(dtype))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"base {path}: cannot read the config of {name}: {error}") from error
+
+
+def _load_part(path: Path, name: str, dtype: torch.dtype, class_name: str = "CLIPTextModel") -> nn.Module:
+    kind = _class_of(name, class_name)
+    keyword = "torch_dtype" if name in ("unet", "vae") else "dtype"
     files = sorted((path / name).iterdir())
     weights = [p.name for p in files if p.suffix == ".safetensors"]
     if not weights:

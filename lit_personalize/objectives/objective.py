@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import lit_kernels
+from lit_personalize import sharding
 from lit_personalize.adapters.protocol import Adapter
 from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.loading import load_base
@@ -76,6 +77,15 @@ class Objective(pl.LightningModule):
         self._spans: dict[str, list[int]] = {}
         self._steps = 0
         self._figures: dict[str, Tensor] = {}
+        self.placed: dict[str, str] = {}
+        """Of a sharded training: names of trained parameters of the base, and those that they have elsewhere."""
+        self.sharded = False
+        """Whether a rank holds only its share of the base: what needs the base is then done by all ranks together."""
+        self.spread = False
+        """Whether the training's strategy leaves shares of what trains in this process, and nothing whole."""
+        self.replicated: list[Adapter] = []
+        """Adapters that a sharding strategy leaves alone: their gradients are averaged here."""
+        self.register_state_dict_post_hook(_only_what_trains)
 
     @abstractmethod
     def loss(self, batch: Batch, step: int) -> Loss:
@@ -89,16 +99,25 @@ class Objective(pl.LightningModule):
         Weights are real and on the CPU whatever device the caller's context names ("meta", too), and
         the global generator is left as it was.
         """
-        if self.base is not None:
-            return
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            base = load_base(self.base_name, **self.base_options)
-            for adapter in self.trained:
-                adapter.attach(base, self.seed)
-            self._refuse_shared_layers()
-        if self.gradient_checkpointing:
-            base.unet.enable_gradient_checkpointing()
-        self.base = base
+        if self.base is None:
+            with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+                base = load_base(self.base_name, **self.base_options)
+                for adapter in self.trained:
+                    adapter.attach(base, self.seed)
+                self._refuse_shared_layers()
+            if self.gradient_checkpointing:
+                base.unet.enable_gradient_checkpointing()
+            self.base = base
+        if self.device_mesh is not None and not self.sharded:
+            self.place_factors()
+            sharding.shard(self.base, self.device_mesh["data_parallel"])
+
+    def place_factors(self) -> None:
+        """Prepare for a strategy that keeps shares of the base: whole-weight changes go into their layers."""
+        numbers = {adapter.name: i for i, adapter in enumerate(self.trained)}
+        found = sharding.place(self.built, self.trained)
+        self.placed = {f"base.{n}": f"adapters.{numbers[name]}.factors.{key}" for n, (name, key) in found.items()}
+        self.sharded = True
 
     def _refuse_shared_layers(self) -> None:
         for alone in (a for a in self.trained if not a.shares_layers):
@@ -163,6 +182,9 @@ class Objective(pl.LightningModule):
     def on_train_start(self) -> None:
         """Count the optimizer steps of the whole training, of which adapters take their shares; fuse the UNet."""
         self._fuse()
+        if self.replicated:
+            optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
+            sharding.gather_states(optimizer, (p for adapter in self.replicated for p in adapter.factors.values()))
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             steps = sys.maxsize
@@ -185,6 +207,11 @@ class Objective(pl.LightningModule):
         unet = self.built.unet
         lit_kernels.unpatch(unet)
         if self.kernels == "off" or (self.kernels == "auto" and self.device.type != "cuda"):
+            return
+        if self.sharded:
+            if self.kernels != "auto":
+                raise UsageError(f"kernels: {self.kernels} reads whole weights: with a sharded base use kernels: off")
+            log.info("kernels: off, since the base is sharded")
             return
         try:
             made = lit_kernels.patch(unet, backend=cast(lit_kernels.Backend, self.kernels))
@@ -218,10 +245,30 @@ class Objective(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Take the gradients of resting adapters away: an optimizer passes over parameters without one."""
+        if self.replicated:
+            sharding.average_gradients(p for adapter in self.replicated for p in adapter.factors.values())
         for adapter in self.trained:
             if not adapter.learning:
                 for parameter in adapter.factors.values():
                     parameter.grad = None
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm over all shares, where there are shares."""
+        wrapper: Any = self.trainer.strategy.model
+        if not gradient_clip_val or gradient_clip_algorithm not in (None, "norm"):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif self.device_mesh is not None:
+            trained = (p for group in optimizer.param_groups for p in group["params"])
+            sharding.clip_gradients(trained, gradient_clip_val)
+        elif hasattr(wrapper, "clip_grad_norm_"):  # FSDP's, whose norm Lightning does not take
+            wrapper.clip_grad_norm_(gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, and let the adapters that moved put themselves right before anything looks at them."""
@@ -254,11 +301,6 @@ class Objective(pl.LightningModule):
 
     # ---- checkpoints ------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Only what trains."""
-        full = super().state_dict(*args, **kwargs)
-        return {key: value for key, value in full.items() if key.startswith("adapters.")}
-
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load exactly the trained tensors.
 
@@ -283,7 +325,7 @@ class Objective(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["litp"] = {
             "draws": self.draws, "base_fingerprint": self.built.fingerprint, "seed": self.seed,
-            "options": self.options(), "lr": self._rates, "spans": self._spans,
+            "options": self.options(), "lr": self._rates, "spans": self._spans, "placed": self.placed,
         }  # fmt: skip
 
     def check_resumable(self, checkpoint: Mapping[str, Any]) -> None:
@@ -328,6 +370,12 @@ class Objective(pl.LightningModule):
         self.draws = state["draws"]
         self._rates = dict(state.get("lr", {}))
         self._spans = dict(state.get("spans", {}))
+
+
+def _only_what_trains(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Leave the frozen base out of a state dict."""
+    for key in [k for k in state if k.startswith(f"{prefix}base.") and k.removeprefix(prefix) not in module.placed]:
+        del state[key]
 
 
 def rates_of(optimizer: torch.optim.Optimizer) -> dict[str, float]:
