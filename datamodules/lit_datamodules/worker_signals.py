@@ -7,14 +7,14 @@ ends its workers: they heed it once the loader that started them is being closed
 
 from __future__ import annotations
 
-import atexit
 import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
+from multiprocessing import resource_tracker, util
 from types import FrameType
+from typing import Any
 
 IGNORED = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -30,8 +30,8 @@ class WorkerSignals:
         context = multiprocessing.get_context(start)
         self._forks = context.get_start_method() == "fork"
         self._ending = context.RawValue("b", 0)
-        # Runs before multiprocessing's own, which has been registered earlier, and which waits for workers.
-        atexit.register(self.end)
+        # As the process ends, before multiprocessing tells workers to end and waits for them; also in its children.
+        self._at_exit = util.Finalize(None, self._allow, exitpriority=100)
 
     def __call__(self, worker: int) -> None:
         """Set the signals of a worker, in its process."""
@@ -39,6 +39,9 @@ class WorkerSignals:
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._terminate)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (*IGNORED, signal.SIGTERM))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_at_exit": None}  # a worker has no workers
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -54,8 +57,11 @@ class WorkerSignals:
 
     def end(self) -> None:
         """From now on TERM ends the workers."""
+        self._at_exit.cancel()
+        self._allow()
+
+    def _allow(self) -> None:
         self._ending.value = 1
-        atexit.unregister(self.end)
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
         if self._ending.value:

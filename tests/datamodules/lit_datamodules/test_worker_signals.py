@@ -76,23 +76,33 @@ def test_workers_live_on(how: Literal["fork", "spawn"], capfd: pytest.CaptureFix
 
 
 LEFT_OPEN = """
-import multiprocessing, os, signal, time
+import multiprocessing, os, signal, sys, time
 from lit_datamodules.step_loader import StepLoader
 
-loader = StepLoader(lambda step: [1000 * (step > 2)], time.sleep, tuple, 100, 2)
-steps = iter(loader)
-next(steps)
-for worker in multiprocessing.active_children():
-    os.kill(worker.pid, signal.SIGTERM)
-next(steps)  # the workers are about to draw for a long time
-raise SystemExit(7)
+def train():
+    global steps
+    loader = StepLoader(lambda step: [1000 * (step > 2)], time.sleep, tuple, 100, 2)
+    steps = iter(loader)
+    next(steps)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGTERM)
+    next(steps)  # the workers are about to draw for a long time
+    sys.exit(7)
+
+if sys.argv[1] == "own":
+    train()
+process = multiprocessing.get_context("fork").Process(target=train)
+process.start()
+process.join()
+sys.exit(process.exitcode)
 """
 
 
-def test_a_process_that_ends_ends_its_workers() -> None:
+@pytest.mark.parametrize("process", ["own", "of multiprocessing"])
+def test_a_process_that_ends_ends_its_workers(process: str) -> None:
     """They ignored a TERM before; without being closed, the loader must not keep its process from ending."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", LEFT_OPEN], env=environment, timeout=120)
+    done = subprocess.run([sys.executable, "-c", LEFT_OPEN, process], env=environment, timeout=120)
     assert done.returncode == 7
     assert time.monotonic() - began < 60
