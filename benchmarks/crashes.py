@@ -183,11 +183,12 @@ def trial(server: Server, root: Path, seed: int, reference: Undisturbed, kills: 
     folder = run_folder(root, f"trial-{seed}", workers)
     done: list[Kill] = []
     began = time.monotonic()
-    for number in range(kills):
+    for number in range(2 * kills):
         kill = Kill(KINDS[(number + seed) % len(KINDS)], draw.randrange(ranks))
-        if not _kill_one(server, folder, reference, kill, draw):
-            break  # it had finished before
-        done.append(kill)
+        if _kill_one(server, folder, reference, kill, draw):
+            done.append(kill)
+        if len(done) == kills or _has_finished(folder):
+            break
     stop = _stop_one(server, folder, reference, draw)
     codes = server.start(COMMAND, folder, ranks).wait()
     ledgers = [starts(folder / "ledger", rank) for rank in range(ranks)]
@@ -208,6 +209,10 @@ def trial(server: Server, root: Path, seed: int, reference: Undisturbed, kills: 
     else:
         shutil.rmtree(folder)
     return found
+
+
+def _has_finished(folder: Path) -> bool:
+    return (folder / "runs/run/exports/finished.json").exists()
 
 
 def _kill_one(server: Server, folder: Path, reference: Undisturbed, kill: Kill, draw: random.Random) -> bool:
@@ -231,7 +236,8 @@ def _kill_one(server: Server, folder: Path, reference: Undisturbed, kill: Kill, 
         _until_training(started, folder, kill.rank)
         if kill.kind == "notice":
             _notify(started, kill.rank, share * (target - step) * reference.step)
-            _wait(started, lambda: any(saved.glob(".tmp-step-*")))
+            newest = checkpoints.published(saved)[-1:]
+            _wait(started, lambda: any(saved.glob(".tmp-step-*")) or checkpoints.published(saved)[-1:] != newest)
             target = next((int(p.name.rpartition("-")[2]) for p in saved.glob(".tmp-step-*")), target)
         else:
             _wait(started, lambda: checkpoints.staged(saved, target).exists())

@@ -93,7 +93,7 @@ def _crashes(report: dict[str, Any]) -> str:
 def _slurm(report: dict[str, Any]) -> str:
     lines = [
         "**A real Slurm** of four nodes on one machine, recorded by `tests/slurm/lit_slurm/test_faults.py` in "
-        f"{report['seconds']} s:",
+        f"{report['seconds']} s ({_where(report['circumstances'])}):",
         "",
         "| what happened | to runs | that ended with other weights |",
         "| --- | --- | --- |",

@@ -23,6 +23,7 @@ from box_runs import STEPS, same, submit, until, waiting, weights, write_place
 
 from lit_personalize import checkpoints
 from lit_personalize.cli.main import main
+from lit_personalize.report.circumstances import circumstances
 
 TASKS, TAKEN = 8, 3
 LIMITED, LOST = TASKS, TASKS + 1
@@ -207,6 +208,7 @@ def test_figures(outcome: dict[str, Any]) -> None:
             "high priority": {"high": 0}, "time limit": {"limited": LIMITED}, "lost node": {"lost": LOST},
         }  # fmt: skip
         figures = {
+            "circumstances": circumstances(Path(__file__).parent),
             "runs": {what: len(of) for what, of in runs.items()},
             "other weights": {w: sum(not same(*result(n, s)) for n, s in of.items()) for w, of in runs.items()},
             "seconds from notice to durable": sorted(round(s, 3) for s in spent),
