@@ -247,7 +247,8 @@ def _kill_one(server: Server, folder: Path, reference: Undisturbed, kill: Kill, 
         while time.monotonic() < moment:
             time.sleep(0.0002)
     if not started.running:
-        started.wait()
+        if by_itself := set(started.wait()) - {0, 75}:
+            raise RuntimeError(f"a start ended with {by_itself} by itself; see {folder}")
         return False
     started.signal(kill.rank, signal.SIGKILL)
     killed = time.monotonic()
