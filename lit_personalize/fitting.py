@@ -221,8 +221,7 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> bool:
     from lit_callbacks.run_checkpoint import RunCheckpoint
 
     found = checkpoints.find_complete(run.checkpoints)
-    for reason in found.skipped if found else ():
-        log.warning("passed over a checkpoint: %s", reason)
+    _tell_what_was_found(run, found)
     if found and built.resume == "never":
         raise UsageError(f"{run.path} already has a checkpoint of step {found.step}; use resume: auto or another name")
     if not found and built.resume == "must":
@@ -258,10 +257,9 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> bool:
         if keeper.preempted:
             if is_rank_zero():
                 run.note_preemption(f"{keeper.preempted} step={keeper.last_saved}")
-            stop = f"{keeper.preempted}: saved at step {keeper.last_saved}; the same command continues"
-            raise PreemptedError(stop) from exit_
+            raise PreemptedError(f"{keeper.preempted}: {_saved(keeper.last_saved)}") from exit_
         if keeper.interrupted:
-            raise KeyboardInterrupt(f"saved at step {keeper.last_saved}; the same command continues") from exit_
+            raise KeyboardInterrupt(_saved(keeper.last_saved)) from exit_
         raise
     except pickle.UnpicklingError as error:
         raise DataError(
@@ -278,6 +276,22 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> bool:
             built.data.write_manifest(run.manifest)
     record()  # where no step was left to train
     return not (keeper.interrupted or _out_of_time(trainer))
+
+
+def _tell_what_was_found(run: RunDirectory, found: checkpoints.Found | None) -> None:
+    """Say which checkpoints are passed over and why, and that the run begins anew where none is left."""
+    skipped = found.skipped if found else checkpoints.damaged(run.checkpoints)
+    for reason in skipped:
+        log.warning("passed over a checkpoint: %s", reason)
+    for step in checkpoints.unfinished(run.checkpoints):
+        log.info("the save of step %d was ended before it was done", step)
+    if skipped and found is None:
+        log.warning("run %s: none of its checkpoints is whole; it starts at step 0", run.name)
+
+
+def _saved(step: int | None) -> str:
+    saved = "nothing is saved yet" if step is None else f"saved at step {step}"
+    return f"{saved}; the same command continues"
 
 
 def refuse_other_layout(found: checkpoints.Found, objective: Denoising, strategy: Strategy) -> None:
