@@ -13,11 +13,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lit_personalize import checkpoints
-from lit_personalize.errors import DataError
+from lit_personalize.errors import DataError, UsageError
 from lit_personalize.run_directory import RunDirectory
+from lit_personalize.yaml_files import read_yaml
 
 EXPORTS = ("*.safetensors", "peft/*/adapter_model.safetensors", "pipeline/model_index.json")
 STATES = {
@@ -28,7 +27,6 @@ STATES = {
     "killed": "its process is gone and gave no notice; the same command continues",
     "failed": "ended before its first checkpoint",
 }
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """In C ten times as fast, where there is one."""
 Curve = list[tuple[int, float]]
 """Optimizer steps done, and a figure."""
@@ -130,11 +128,11 @@ def config_of(run: RunDirectory) -> dict[str, Any]:
         DataError: It is no YAML.
     """
     try:
-        found = yaml.load(run.config.read_text(encoding="utf-8"), LOADER)
+        found = read_yaml(run.config)
     except FileNotFoundError:
         return {}
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{run.config} is not YAML: {error}; start the run again, which writes it anew") from error
+    except UsageError as error:
+        raise DataError(f"{error}; start the run again, which writes it anew") from error
     if not isinstance(found, dict):
         raise DataError(f"{run.config} is no configuration; start the run again, which writes it anew")
     return found
