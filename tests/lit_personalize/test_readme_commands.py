@@ -34,7 +34,7 @@ class Shown:
     leaves: tuple[str, ...] = ()
 
 
-TINY = "--data.init_args.resolution 32 --sampling.steps 2 --trainer.max_steps 2"
+TINY = "--data.init_args.resolution 32 --sampling.steps 2 --trainer.max_steps 2 --trainer.log_every_n_steps 1"
 TABLE = {
     "litp init --images photos --class-noun dog --base /models/stable-diffusion-v1-5 -o dog.yaml": Shown(
         "--regularization 4", ("dog.yaml",)
