@@ -175,7 +175,8 @@ class RunCheckpoint(Callback):
             if self.best is not None and self.best["step"] == step:
                 text = f"{path.name} {self.best['metric']}={self.best['value']:.6g}\n"
                 atomic.write_text(self.folder / "best", text)
-            checkpoints.prune(self.folder, self.keep_last, keep=[self.best["step"]] if self.best else [])
+            best = [self.best["step"]] if self.best else []
+            checkpoints.prune(self.folder, self.keep_last, keep=[step, *best])  # newer ones may be damaged
         return path
 
     def _publish(self, trainer: pl.Trainer, step: int) -> Path:

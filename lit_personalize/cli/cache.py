@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lit_personalize.cli.console import add_json, configure_logging, emit, task_of
+from lit_personalize.cli.console import add_allow, add_json, allowed_by, configure_logging, emit, task_of
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -17,6 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dir", type=Path, help="folder of the cache; default: data.init_args.cache_dir")
     parser.add_argument("--task", type=task_of, default=(0, 1), help="I/N: encode the I-th of N shares of what is new")
     add_json(parser)
+    add_allow(parser)
     return parser
 
 
@@ -27,7 +28,8 @@ def main(arguments: list[str]) -> int:
     from lit_personalize.errors import UsageError
     from lit_personalize.fitting import name_initial_words
 
-    parser, config = parse([part for given in options.config for part in ("-c", given)] + ["--name", "cache"])
+    files = [part for given in options.config for part in ("-c", given)]
+    parser, config = parse([*files, "--name", "cache", *allowed_by(options)])
     built = instantiate(parser, config)
     data: Any = built.data
     data.cache_dir = options.dir or data.cache_dir

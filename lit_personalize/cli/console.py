@@ -25,6 +25,10 @@ PLACES = {
     "metrics.csv": "loss and speed by step",
     "checkpoints": "resumable states",
 }
+ALLOW_HELP = (
+    "package, module or class of your own that configurations may name, such as my_package: it is imported, which runs "
+    "its code. `pipe` lets them run commands as shards. May be repeated; LITP_ALLOW=A,B in the environment does it, too"
+)
 JSON_HELP = "print the result as one JSON object, and nothing else, to stdout; messages go to stderr"
 
 
@@ -73,6 +77,16 @@ def base_of(options: argparse.Namespace) -> Base:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add the option --json of verbs that report."""
     parser.add_argument("--json", action="store_true", help=JSON_HELP)
+
+
+def add_allow(parser: argparse.ArgumentParser) -> None:
+    """Add the option --allow of verbs that read a configuration; `allowed_by` gives it on."""
+    parser.add_argument("--allow", action="append", default=[], metavar="NAME", help=ALLOW_HELP)
+
+
+def allowed_by(options: argparse.Namespace) -> list[str]:
+    """The option --allow as `configuration.parse` takes it."""
+    return [f"--allow={name}" for name in options.allow]
 
 
 def task_of(text: str) -> tuple[int, int]:

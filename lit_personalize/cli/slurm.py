@@ -13,6 +13,7 @@ import yaml
 from lit_personalize.cli.console import JSON_HELP
 from lit_personalize.errors import UsageError
 from lit_personalize.recipe_files import recipe_path
+from lit_personalize.yaml_files import read_yaml
 
 ABOUT = f"""litp slurm render|submit [--profile NAME] [--slurm.KEY VALUE ...] [--json] ARGUMENTS OF litp fit
        litp slurm status [ROOT] [--json]
@@ -90,10 +91,7 @@ class Given:
 
     def _read(self, name: str) -> None:
         path = recipe_path(name)
-        try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UsageError(f"{path} is not YAML: {error}") from error
+        found = read_yaml(path) or {}
         if not isinstance(found, dict):
             raise UsageError(f"{path} must hold options such as name: cat")
         self.sections.append(found.get("slurm"))

@@ -48,7 +48,7 @@ def _shown(card: Card, folder: Path, place: str, files: bool) -> dict[str, Any]:
     for number, sample in enumerate(card.samples):
         target = folder / place / f"sample-{number:02d}{sample.path.suffix}"
         _copy(sample.path, target)
-        with Image.open(target) as opened:
+        with Image.open(target, formats=("PNG", "JPEG", "WEBP")) as opened:
             side = opened.width
         pictures.append({"file": f"{place}/{target.name}", "prompt": sample.prompt, "seed": sample.seed, "side": side})
     offered = []
