@@ -12,6 +12,7 @@ import torch
 from solo_and_bank import Factors, Recipe, bound
 
 from lit_personalize.bank import AdapterJob, Bank, FinishedAdapter
+from lit_personalize.bank.optimizer import update
 from lit_personalize.batch import Batch
 from lit_personalize.errors import DataError
 
@@ -135,3 +136,14 @@ def test_data_that_cannot_be_read_fails_its_adapter_only(single: Recipe) -> None
     assert [found[n].failure for n in "12"] == ["people/2/0.png is damaged"] * 2
     assert "a step has 1 samples of [4, 8, 8], the bank's slots have 2" in found["4"].failure
     assert not found["0"].failure and not found["3"].failure and len(found["3"].losses) == 4
+
+
+def test_infinite_loss_with_a_finite_gradient_is_left_out(single: Recipe) -> None:
+    """The squared error overflows before its gradient does."""
+    bank = single.bank(2)
+    list(bank.fill(iter(bound(bank, [single.job(n, 4) for n in range(2)]))))
+    group = bank.stack.groups[0]
+    before = group.master.clone()
+    skipped = update(bank.stack, bank.slots, [torch.ones_like(before)], torch.tensor([1.0, math.inf]), [1.0, 1.0])
+    assert skipped.tolist() == [False, True] and group.steps.tolist() == [1, 0]
+    assert torch.equal(group.master[1], before[1]) and not torch.equal(group.master[0], before[0])
