@@ -69,8 +69,7 @@ class WorkerSignals:
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
         if self._ending.value:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)  # of any other end torch makes an error of the process that is about to end
 
 
 def _end_with_the_trainer() -> None:
