@@ -36,6 +36,7 @@ def _command(arguments: Sequence[str], folder: Path, variables: dict[str, str], 
     """`litp fit` in a process of its own, as a shell would start it there."""
     os.setsid()
     os.chdir(folder)
+    multiprocessing.set_start_method("fork", force=True)  # Linux' own, for the loader's workers
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(output, stream)

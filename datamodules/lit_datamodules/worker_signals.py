@@ -10,9 +10,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker, util
+from multiprocessing.connection import wait
 from types import FrameType
 from typing import Any
 
@@ -28,7 +30,7 @@ class WorkerSignals:
 
     def __init__(self, start: str | None = None):
         context = multiprocessing.get_context(start)
-        self._forks = context.get_start_method() == "fork"
+        self._method = context.get_start_method()
         self._ending = context.RawValue("b", 0)
         # As the process ends, before multiprocessing tells workers to end and waits for them; also in its children.
         self._at_exit = util.Finalize(None, self._allow, exitpriority=100)
@@ -39,6 +41,8 @@ class WorkerSignals:
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._terminate)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (*IGNORED, signal.SIGTERM))
+        if self._method == "forkserver":  # torch watches the parent, the server, which lives as long as they do
+            threading.Thread(target=_end_with_the_trainer, daemon=True).start()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_at_exit": None}  # a worker has no workers
@@ -48,7 +52,7 @@ class WorkerSignals:
         """Start workers in here: they inherit that signals wait, until they have set their own."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (*IGNORED, signal.SIGTERM))
         try:
-            if not self._forks:  # a helper of its own, which is started with some of them unblocked
+            if self._method != "fork":  # a helper of its own, which is started with some of them unblocked
                 resource_tracker.ensure_running()
                 signal.pthread_sigmask(signal.SIG_BLOCK, (*IGNORED, signal.SIGTERM))
             yield
@@ -65,5 +69,12 @@ class WorkerSignals:
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
         if self._ending.value:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)  # of any other end torch makes an error of the process that is about to end
+
+
+def _end_with_the_trainer() -> None:
+    """Wait until the process that asked for this worker is gone, also by SIGKILL."""
+    trainer = multiprocessing.parent_process()
+    if trainer is not None:
+        wait([trainer.sentinel])
+        os._exit(1)

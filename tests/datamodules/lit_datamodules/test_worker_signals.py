@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -106,3 +107,38 @@ def test_a_process_that_ends_ends_its_workers(process: str) -> None:
     done = subprocess.run([sys.executable, "-c", LEFT_OPEN, process], env=environment, timeout=120)
     assert done.returncode == 7
     assert time.monotonic() - began < 60
+
+
+KILLED = """
+import multiprocessing, operator, os, signal, sys
+from lit_datamodules.step_loader import StepLoader
+
+if __name__ == "__main__":
+    steps = iter(StepLoader(lambda step: [step], operator.neg, tuple, 100, 2, sys.argv[1]))
+    next(steps)
+    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("how", ["fork", "forkserver"])
+def test_workers_of_a_killed_process_end(how: str, tmp_path: Path) -> None:
+    program, output = tmp_path / "killed.py", tmp_path / "output"
+    program.write_text(KILLED)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with output.open("w") as file:
+        done = subprocess.run([sys.executable, str(program), how], env=environment, stdout=file, timeout=200)
+    assert done.returncode == -signal.SIGKILL
+    pids = [int(word) for word in output.read_text().split()]
+    assert len(pids) == 2
+    until = time.monotonic() + 60
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < until, "left behind"
+        time.sleep(0.1)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
