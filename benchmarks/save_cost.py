@@ -41,7 +41,7 @@ def measure(steps: int, *more: str) -> dict[str, Any]:
             ledger = '[{"class_path": "sample_ledger.SampleLedger", "init_args": {"folder": "ledger"}}]'
             fit = ["-c", "run.yaml", "--trainer.max_steps", str(steps), "--checkpoint.every", str(EVERY),
                    "--trainer.callbacks", ledger, "--sampling.prompts", "[]", "--export.verify", "false",
-                   "--trainer.accelerator", "cpu"]  # fmt: skip
+                   "--trainer.accelerator", "cpu", "--allow", "sample_ledger"]  # fmt: skip
             for command in (["init", *given, "--base", "tinyworld"], ["fit", *fit, *more]):
                 if code := litp(command):
                     raise RuntimeError(f"litp {command[0]} ended with {code}")

@@ -50,7 +50,8 @@ def _crashes(report: dict[str, Any]) -> str:
         f"**Killed trainings.** {len(trials)} runs of {report['steps']} steps with a save every {report['every']}, "
         f"{sum(t['ranks'] > 1 for t in trials)} of them on two ranks, {sum(t['workers'] > 0 for t in trials)} with "
         f"loader workers; {len(kills)} times SIGKILL to a process of them, {sum(k['kind'] != 'time' for k in kills)} "
-        f"within saves. {_where(report['circumstances'])}.",
+        f"aimed at saves, of which {sum(k['stage'] in STAGES for k in kills)} met one before its end. "
+        f"{_where(report['circumstances'])}.",
         "",
         "| of these kills and runs | |",
         "| --- | --- |",
@@ -80,7 +81,7 @@ def _crashes(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"**Notices.** {len(stops)} times USR2 to one rank alone, {of_two} times of two: {agreed} times all ranks "
-        f"saved the same step and ended with 75. A step took {step} rank(s).",
+        f"saved together and ended with 75. A step took {step} rank(s).",
         "",
         "| from the signal | seconds |",
         "| --- | --- |",

@@ -47,7 +47,7 @@ def waiting(job: str) -> str:
 def write_place(folder: Path, **slurm: Any) -> Path:
     """Photos, the configuration of a run, and a profile of this cluster in `folder/config`, for XDG_CONFIG_HOME."""
     # With other threads sums have another order, and weights other bits.
-    variables = {"PYTHONPATH": PATHS, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    variables = {"PYTHONPATH": PATHS, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "LITP_ALLOW": "hold_at"}
     profile = {"partition": "low", "cpus": 1, "environment": variables}
     (folder / "config/litp/slurm").mkdir(parents=True)
     (folder / "config/litp/slurm/box.yaml").write_text(yaml.safe_dump(profile))

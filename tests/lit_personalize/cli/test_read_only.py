@@ -48,6 +48,7 @@ def run(tiny_bases: dict[str, Path], workplace: Path, monkeypatch: pytest.Monkey
     """The run directory of the run.yaml of a Textual Inversion of six steps, not begun."""
     (workplace / "turning.py").write_text(Path(__file__).read_text())
     monkeypatch.syspath_prepend(str(workplace))
+    monkeypatch.setenv("LITP_ALLOW", "turning")
     given = ["--images", "photos", "--class-noun", "cat", "--method", "textual_inversion", "--name", "run"]
     assert main(["init", *given, "--base", str(tiny_bases["sd1"]), "--steps", str(STEPS)]) == 0
     return workplace / "runs" / "run"

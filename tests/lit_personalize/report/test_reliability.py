@@ -28,7 +28,7 @@ def test_counts_are_those_of_the_record(tmp_path: Path) -> None:
     text = reliability_tables(tmp_path)
     for line in (
         "3 runs of 12 steps with a save every 3, 3 of them on two ranks",
-        "3 times SIGKILL to a process of them, 3 within saves",
+        "3 times SIGKILL to a process of them, 3 aimed at saves, of which 3 met one before its end",
         "| runs that could not go on | 1 |", "by a bit | 1 |", "| 3, 0, 0 |", "(goodput) | 80% |",
         "| steps trained again after a kill | median 1, most 1 of at most 3 |",
         "| in a stage of a save | 3 | 3 | 0 | 3 | 0 | 0 | 0 |",
