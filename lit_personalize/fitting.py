@@ -243,7 +243,7 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> bool:
     quiet_lightning()
     trainer = build_trainer(built, run, found.step if found else 0)
     if found:
-        refuse_other_layout(found, built.model, trainer.strategy)
+        refuse_other_layout(found, built.model, trainer.strategy, trainer.world_size)
     strategies.prepare(trainer.strategy, built.model, ema=built.ema is not None, best=built.checkpoint.best)
     # Only here is the checkpoint read, and found to fit or not.
     others = OtherRanks()
@@ -294,11 +294,11 @@ def _saved(step: int | None) -> str:
     return f"{saved}; the same command continues"
 
 
-def refuse_other_layout(found: checkpoints.Found, objective: Denoising, strategy: Strategy) -> None:
+def refuse_other_layout(found: checkpoints.Found, objective: Denoising, strategy: Strategy, ranks: int) -> None:
     """Refuse what the strategy cannot read, before it tries.
 
     Raises:
-        UsageError: The checkpoint is of another kind of strategy.
+        UsageError: The checkpoint is of another kind of strategy, or DeepSpeed's of another number of ranks.
         DataError: It is a sharded one of other adapters or of another base.
     """
     written, read = sharded_state.kind(found.state), strategies.state_kind(strategy)
@@ -308,7 +308,13 @@ def refuse_other_layout(found: checkpoints.Found, objective: Denoising, strategy
             "on with the strategy that wrote it, or take a new run name"
         )
     if written != "whole":
-        objective.check_resumable(sharded_state.read_state(found.state, device="meta"))
+        state = sharded_state.read_state(found.state, device="meta")
+        if (before := state.get("dp_world_size", ranks)) != ranks:
+            raise UsageError(
+                f"checkpoint {found.path.name} is in DeepSpeed's shares of {before} ranks, which {ranks} cannot read: "
+                f"go on with {before}, or use ModelParallelStrategy (FSDP2), whose checkpoints any number can read"
+            )
+        objective.check_resumable(state)
 
 
 def _out_of_time(trainer: pl.Trainer) -> bool:

@@ -382,6 +382,9 @@ def _only_what_trains(module: Any, state: dict[str, Any], prefix: str, metadata:
     """Leave the frozen base out of a state dict."""
     for key in [k for k in state if k.startswith(f"{prefix}base.") and k.removeprefix(prefix) not in module.placed]:
         del state[key]
+    versions = getattr(state, "_metadata", {})
+    for path in [path for path in versions if path == f"{prefix}base" or path.startswith(f"{prefix}base.")]:
+        del versions[path]
 
 
 def rates_of(optimizer: torch.optim.Optimizer) -> dict[str, float]:

@@ -17,10 +17,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from safetensors.torch import load_file
 
 from lit_personalize import checkpoints
+from lit_personalize.adapters.key_value_delta import KeyValueDelta
 from lit_personalize.backbones.tiny import write_tiny_base
+from lit_personalize.errors import UsageError
+from lit_personalize.fitting import refuse_other_layout
+from lit_personalize.objectives.denoising import Denoising
 from lit_personalize.tinyworld.dataset import sample_pictures, write_folder
 
 HERE = Path(__file__).parent
@@ -210,6 +215,15 @@ def test_a_sharded_checkpoint_goes_on_with_another_number_of_ranks(stock: Path) 
 def test_exports_of_deepspeed_are_those_of_ddp(deepspeed: Path, name: str) -> None:
     compare(deepspeed, name)
     check_size(deepspeed, name)
+
+
+@pytest.mark.deepspeed
+def test_shares_of_deepspeed_keep_their_number_of_ranks(deepspeed: Path) -> None:
+    found = checkpoints.find_complete(deepspeed / "runs/kv-zero2-halves/checkpoints")
+    assert found is not None
+    objective = Denoising(str(deepspeed / "base"), [KeyValueDelta()])
+    with pytest.raises(UsageError, match="shares of 2 ranks, which 4 cannot read: go on with 2, or use ModelParallel"):
+        refuse_other_layout(found, objective, DeepSpeedStrategy(), ranks=4)
 
 
 @pytest.mark.deepspeed
