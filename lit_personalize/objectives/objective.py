@@ -327,8 +327,6 @@ class Objective(pl.LightningModule):
         return {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "state_dict" in checkpoint:  # without the versions of all modules of the base
-            checkpoint["state_dict"] = dict(checkpoint["state_dict"])
         checkpoint["litp"] = {
             "draws": self.draws, "base_fingerprint": self.built.fingerprint, "seed": self.seed,
             "options": self.options(), "lr": self._rates, "spans": self._spans, "placed": self.placed,
