@@ -101,16 +101,19 @@ class Objective(pl.LightningModule):
         """
         if self.base is None:
             with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-                base = load_base(self.base_name, **self.base_options)
-                for adapter in self.trained:
-                    adapter.attach(base, self.seed)
-                self._refuse_shared_layers()
-            if self.gradient_checkpointing:
-                base.unet.enable_gradient_checkpointing()
-            self.base = base
+                self.attach_to(load_base(self.base_name, **self.base_options))
         if self.device_mesh is not None and not self.sharded:
             self.place_factors()
             sharding.shard(self.base, self.device_mesh["data_parallel"])
+
+    def attach_to(self, base: Base) -> None:
+        """Take a base, which may have no weights, and attach the adapters."""
+        for adapter in self.trained:
+            adapter.attach(base, self.seed)
+        self._refuse_shared_layers()
+        if self.gradient_checkpointing:
+            base.unet.enable_gradient_checkpointing()
+        self.base = base
 
     def place_factors(self) -> None:
         """Prepare for a strategy that keeps shares of the base: whole-weight changes go into their layers."""
@@ -181,7 +184,7 @@ class Objective(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Count the optimizer steps of the whole training, of which adapters take their shares; fuse the UNet."""
-        self._fuse()
+        self.fuse(self.device.type)
         if self.replicated:
             optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
             sharding.gather_states(optimizer, (p for adapter in self.replicated for p in adapter.factors.values()))
@@ -202,11 +205,15 @@ class Objective(pl.LightningModule):
                 )  # fmt: skip
         self._spans = spans
 
-    def _fuse(self) -> None:
-        """Put the operators of `lit_kernels` into the UNet, where `kernels` says so."""
+    def fuse(self, device: str) -> None:
+        """Put the operators of `lit_kernels` into the UNet, where `kernels` says so.
+
+        Raises:
+            UsageError: They do not go with this training.
+        """
         unet = self.built.unet
         lit_kernels.unpatch(unet)
-        if self.kernels == "off" or (self.kernels == "auto" and self.device.type != "cuda"):
+        if self.kernels == "off" or (self.kernels == "auto" and device != "cuda"):
             return
         if self.sharded:
             if self.kernels != "auto":
