@@ -8,14 +8,13 @@ an operator (workspaces of cuDNN) is not seen, nor what an allocator rounds up o
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -84,19 +83,18 @@ class StepMemory:
     trained: int = 0
     formed: int = 0
     """Weights that adapters put together for a step: W0 + Δ, and casts of factors."""
-    gradients: int = 0
     optimizer: int | None = 0
-    """State of the optimizer; None where it could not be counted."""
+    """State of the optimizer; None where it could not be counted. Gradients take as much as what trains."""
     saved: int = 0
     """What the forward pass leaves for the backward pass."""
     forward: int = 0
-    """Most bytes alive in the forward pass, beyond what lives between steps."""
+    """Most bytes alive in the forward pass, beyond what lives between steps; with gradients unless these are shared."""
     backward: int = 0
-    """Likewise in the backward pass; gradients are left out of it."""
+    """Likewise in the backward pass."""
     update: int = 0
-    """Likewise in the optimizer's step."""
+    """Likewise in the optimizer's step, always without gradients."""
     encoding: int = 0
-    """Likewise while the VAE encodes the pictures."""
+    """Likewise while the VAE encodes the batch's pictures."""
     note: str = ""
 
 
@@ -143,13 +141,17 @@ def fake_batch(objective: Denoising, mode: FakeTensorMode, view: View) -> Batch:
 
 
 def count_step(
-    objective: Denoising, mode: FakeTensorMode, view: View, keeps_gradients: bool = False, foreach: bool = False
-) -> StepMemory:
+    objective: Denoising, mode: FakeTensorMode, view: View, *, accumulates: bool = False, shared: bool = False,
+    foreach: bool = False,
+) -> StepMemory:  # fmt: skip
     """Run one training step of an objective with a base of fake tensors.
 
+    As Lightning does it, gradients of the step before are there in the forward pass, and gone before the backward pass.
+
     Args:
-        keeps_gradients: Whether gradients of a batch before are there in the backward pass (accumulation).
-        foreach: Whether the optimizer steps all tensors at once, as torch's do on a GPU.
+        accumulates: Gradients of a batch before stay for the backward pass.
+        shared: Ranks share gradients out: each is freed when it is whole, and none is counted.
+        foreach: The optimizer steps all tensors at once, as torch's do on a GPU.
     """
     base, found = objective.built, StepMemory()
     for name, component in base.components().items():
@@ -157,43 +159,44 @@ def count_step(
         found.base[name] = sum(t.nbytes for t in held if not t.requires_grad)
     factors = [p for adapter in objective.trained for p in adapter.factors.values()]
     found.trained = sum(p.nbytes for p in factors)
-    found.gradients = found.trained
     found.formed = _formed_bytes(base)
     batch = fake_batch(objective, mode, view)
     live = LiveBytes()
     with live:
-        objective.conditioning(batch, 0)  # states of captions that nothing trains are kept
+        if not objective.trains_text:
+            objective.conditioning(batch, 0)  # whose states are kept
         found.encoding = _encoding_bytes(base, mode, view, live)
         _count_optimizer(objective, factors, foreach, found, live)
-        before = live.restart()
+        start = live.restart()
+        if not shared:
+            _set_gradients(factors)
+        before = live.now
         loss = objective.training_step(batch, 0)
-        found.saved = live.now - before
-        found.forward = live.peak - before
+        found.saved, found.forward = live.now - before, live.peak - start
+        if not accumulates:
+            _drop_gradients(factors)
         live.restart()
-        with _gradients_left_out(factors, keeps_gradients, live) as gradients:
-            loss.backward()
-        found.backward = live.peak - before + gradients.nbytes
+        handles = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in factors if shared]
+        loss.backward()
+        found.backward = live.peak - start
+        for handle in handles:
+            handle.remove()
+        _drop_gradients(factors)
     return found
 
 
-class _Gradients:
-    nbytes = 0
+def _set_gradients(factors: Iterable[nn.Parameter]) -> None:
+    for p in factors:
+        p.grad = torch.zeros_like(p)
 
 
-@contextmanager
-def _gradients_left_out(factors: list[nn.Parameter], kept: bool, live: LiveBytes) -> Iterator[_Gradients]:
-    """Free each gradient when it is whole."""
-    told = _Gradients()
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
 
-    def free(parameter: Tensor) -> None:
-        parameter.grad = None
 
-    handles = [p.register_post_accumulate_grad_hook(free) for p in factors]
-    try:
-        yield told
-    finally:
-        for handle in handles:
-            handle.remove()
+def _drop_gradients(factors: Iterable[nn.Parameter]) -> None:
+    for p in factors:
+        _drop_gradient(p)
 
 
 def _formed_bytes(base: Base) -> int:
@@ -228,27 +231,20 @@ def _count_optimizer(
         for group in optimizer.param_groups:
             if foreach and "foreach" in group and group["foreach"] is None and not group.get("fused"):
                 group["foreach"] = True
-        for p in factors:
-            p.grad = torch.zeros_like(p)
+        _set_gradients(factors)
         optimizer.step()
         found.optimizer = state_bytes(optimizer)
         before = live.restart()
         optimizer.step()
         found.update = live.peak - before
-        optimizer.zero_grad()
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, AssertionError) as error:
         name = getattr(objective.optimizer_factory, "__name__", "the optimizer")
         found.optimizer, found.note = None, f"{name} does not step without values: {str(error).splitlines()[0]}"
     finally:
-        for p in factors:
-            p.grad = None
+        _drop_gradients(factors)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the tensors in an optimizer's state."""
     values = (v for state in optimizer.state.values() for v in tree_leaves(state))
     return sum(v.nbytes for v in values if isinstance(v, Tensor))
-
-
-
-
