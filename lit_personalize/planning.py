@@ -27,6 +27,7 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_personalize import checkpoints, fitting, preflight, strategies
+from lit_personalize.batch import Role
 from lit_personalize.configuration import instantiate, parse
 from lit_personalize.errors import UsageError
 from lit_personalize.objectives.denoising import Denoising
@@ -170,11 +171,10 @@ def _counted(arguments: Sequence[str], changes: dict[str, Any], for_card: bool) 
     schedule = _schedule(built.trainer, pictures, ranks)
     refused += _refusals(built, strategy, pictures, ranks, schedule["optimizer_steps"])
     averaged = built.ema is not None
-    with contextlib.suppress(UsageError):  # which is among the reasons
-        strategies.prepare(strategy, objective, averaged, built.checkpoint.best, ranks)
+    with mode, contextlib.suppress(UsageError):  # which is among the reasons
+        strategies.suit(strategy, objective)
         if isinstance(strategy, ModelParallelStrategy):
-            with mode:
-                objective.place_factors()
+            objective.place_factors()
     with _collecting(refused):
         if objective.sharded or objective.kernels not in ("auto", "triton"):
             objective.fuse("cuda" if gpu else "cpu")
@@ -229,7 +229,7 @@ def _triton_without_a_gpu() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _collecting(refused: list[str]) -> Iterator[None]:
-    """Note why something is refused, and go on; a message of code 3 is that of a missing input."""
+    """Note why something is refused, and go on."""
     try:
         yield
     except Exception as error:
@@ -249,23 +249,19 @@ def _refusals(built: Namespace, strategy: Strategy, pictures: Pictures, ranks: i
         for name in built.export.formats
     ]
     if pictures.concepts:
-        checks.append(lambda: preflight.check(objective, built.data))
+        later = {int(Role.PRIOR)} if pictures.view.priors else set()
+        checks.append(lambda: preflight.check(objective, built.data, later))
         run = RunDirectory(built.root, built.name)
         checks.append(lambda: fitting.callbacks_of(built, run))
     for adapter in objective.trained:
         checks.append(lambda a=adapter: a.at_step(0, steps or 2**31))  # type: ignore[misc]
-        if isinstance(strategy, ModelParallelStrategy):
-            checks.append(lambda a=adapter: _refuse_unplaceable(a))  # type: ignore[misc]
+        if strategies.gathers_base(strategy) and not adapter.elementwise:  # others are placed later, once
+            checks.append(adapter.place)
     checks.append(lambda: _refuse_other_run(built, strategy))
     for check in checks:
         with _collecting(refused):
             check()
     return refused
-
-
-def _refuse_unplaceable(adapter: Any) -> None:
-    if not adapter.elementwise:  # others are placed below, once
-        adapter.place()
 
 
 def _refuse_other_run(built: Namespace, strategy: Strategy) -> None:

@@ -167,6 +167,8 @@ def count_step(
             objective.conditioning(batch, 0)  # whose states are kept
         found.encoding = _encoding_bytes(base, mode, view, live)
         _count_optimizer(objective, factors, foreach, found, live)
+        for adapter in objective.trained:  # formed under watch, since the step replaces them
+            adapter.refresh(base.dtype)
         start = live.restart()
         if not shared:
             _set_gradients(factors)

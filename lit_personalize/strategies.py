@@ -74,6 +74,15 @@ def prepare(
     """
     for reason in refusals(strategy, objective, ema, best, ranks):
         raise UsageError(reason)
+    suit(strategy, objective)
+
+
+def suit(strategy: Strategy, objective: Denoising) -> None:
+    """Set both up for each other, whatever `refusals` says.
+
+    Raises:
+        UsageError: An adapter reads weights of the base that ZeRO-3 shares out.
+    """
     if isinstance(strategy, DDPStrategy) and objective.trains_text:
         # SDXL leaves out the last layer of an encoder, and a batch may name no trained token.
         strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
@@ -95,6 +104,11 @@ def prepare(
 def draws_together(strategy: Strategy) -> bool:
     """Whether a rank alone cannot use what it trains, so that pictures are drawn by all of them."""
     return isinstance(strategy, ModelParallelStrategy | FSDPStrategy) or _is_stage_3(strategy)
+
+
+def gathers_base(strategy: Strategy) -> bool:
+    """Whether weights of the base are whole only while they are used."""
+    return isinstance(strategy, ModelParallelStrategy) or _is_stage_3(strategy)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     else:
         show(found)
     for reason in found.refused:
-        print(f"litp plan: {reason}", file=sys.stderr)
+        print(f"litp plan: refused: {reason}", file=sys.stderr)
     return 2 if found.refused else 0
 
 
@@ -82,8 +82,10 @@ def show(found: Plan) -> None:
     for heading, rows in sections(found):
         for i, row in enumerate(rows):
             table.add_row("" if i else heading, *row)
-        table.add_section()
-    Console(width=WIDTH, highlight=False).print(table)
+    console = Console(width=WIDTH, highlight=False)
+    console.print(table)
+    for note in found.notes:
+        console.print(f"note: {note}", markup=False)
 
 
 def title(found: Plan) -> str:
@@ -100,7 +102,7 @@ def sections(found: Plan) -> list[tuple[str, list[Row]]]:
     parameters = [(name, number(n), found.types.get(name, "")) for name, n in found.parameters.items()]
     memory = [(name, size(n), "") for name, n in device.resident.items()]
     memory.append(("gradients", size(device.gradients), ""))
-    memory.append(("saved activations", size(device.saved), "from the forward to the backward pass"))
+    memory.append(("saved activations", size(device.saved), "for the backward pass"))
     memory += [(f"peak, {phase}", size(n), "modelled") for phase, n in device.phases.items()]
     view, pictures = found.pictures.view, found.pictures
     batch = f"{view.instances} + {view.priors} regularization" if view.priors else f"{view.instances}"
@@ -120,10 +122,6 @@ def sections(found: Plan) -> list[tuple[str, list[Row]]]:
     ]  # fmt: skip
     if found.memory is not None:
         out.append(("card", fits(found)))
-    if found.notes:
-        out.append(("notes", [("", "", note) for note in found.notes]))
-    if found.refused:
-        out.append(("refused", [("", "", reason) for reason in found.refused]))
     return out
 
 
@@ -138,7 +136,9 @@ def times(found: Plan) -> list[Row]:
     ]
     if steps:
         whole = probe["start_seconds"] + steps * probe["step_seconds"]
-        rows.append(("all steps", lasting(whole), "without samples, checkpoints and exports"))
+        rows.append(("all steps", lasting(whole), "without samples, checkpoints, exports"))
+    if probe["peak_bytes"]:
+        rows.append(("peak memory", size(probe["peak_bytes"]), "measured by the same steps"))
     return rows
 
 
