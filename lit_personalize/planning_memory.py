@@ -35,16 +35,16 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self.note(leaf)
+                self._note(leaf.untyped_storage(), given)
         return result
 
-    def note(self, tensor: Tensor) -> None:
-        """Count the storage of a tensor, once."""
-        storage = tensor.untyped_storage()
+    def _note(self, storage: Any, given: set[int]) -> None:
+        """Count a storage once; one of the operator's inputs was there before."""
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
+        if key in self._known or key in given:
             return
 
         def forget(_: Any) -> None:
