@@ -46,6 +46,7 @@ TABLE = {
     "litp profile step -c dog.yaml": Shown(
         "--steps 2 --data.init_args.resolution 32", ("runs/photos/profile/step.png",)
     ),
+    "litp plan -c dog.yaml --memory 24": Shown("--data.init_args.resolution 32"),
     "litp slurm render -c dog.yaml": Shown(),
     'litp sample "a <new1> dog on the beach" --base /models/stable-diffusion-v1-5 --adapter runs/photos': Shown(
         "--steps 2", ("samples/grid.png", "samples/index.html")

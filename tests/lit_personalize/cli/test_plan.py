@@ -77,20 +77,20 @@ def test_a_plan_without_weights_says_what_fit_writes(
 def test_everything_that_is_refused_is_said_at_once(
     tiny_bases: dict[str, Path], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lora = {"class_path": "LoRA", "init_args": {"use_dora": True}}
+    rotations = {"class_path": "OFTMagnitudes"}
     fsdp2 = {"data_parallel_size": 4, "tensor_parallel_size": 1}
     trainer = {
         "devices": 2,
         "strategy": {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy", "init_args": fsdp2},
     }
     run = write_run(
-        without_weights(tiny_bases["sd1"], here), [lora], trainer=trainer, ema=0.9, export={"formats": ["neurons"]},
-        resume="must",
+        without_weights(tiny_bases["sd1"], here), [rotations], trainer=trainer, ema=0.9,
+        export={"formats": ["peft"]}, resume="must",
     )  # fmt: skip
     reasons = "\n".join(told(capsys, "-c", run, "--model.init_args.kernels", "reference", code=2)["refused"])
     for reason in (
         "ema: ModelParallelStrategy keeps shares", "data_parallel_size is 4, and trainer.devices times",
-        "lora: LoRA needs whole weights of the base", "export format neurons is not for LoRA",
+        "OFTMagnitudes needs whole weights of the base", "export format peft is not for OFTMagnitudes",
         "has no complete checkpoint to resume from",
     ):  # fmt: skip
         assert reason in reasons
@@ -99,9 +99,9 @@ def test_everything_that_is_refused_is_said_at_once(
 def test_options_that_the_data_module_refuses_do_not_hide_the_rest(
     tiny_bases: dict[str, Path], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = write_run(tiny_bases["sd1"], [{"class_path": "LoRA"}], export={"formats": ["neurons"]})
+    run = write_run(tiny_bases["sd1"], [{"class_path": "LoRA"}], resume="must")
     report = told(capsys, "-c", run, "--data.init_args.concepts", "[]", code=2)
-    assert "concepts is empty" in report["refused"][0] and "neurons" in report["refused"][1]
+    assert "concepts is empty" in report["refused"][0] and "no complete checkpoint" in report["refused"][1]
     assert report["step"]["saved"] > 0
 
 
