@@ -27,6 +27,7 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_personalize import checkpoints, fitting, preflight, strategies
+from lit_personalize.adapters.token_embedding import RANDOM, TokenEmbedding
 from lit_personalize.batch import Role
 from lit_personalize.configuration import instantiate, parse
 from lit_personalize.errors import UsageError
@@ -99,13 +100,12 @@ def plan(arguments: Sequence[str], memory: float | None = None, probe: int = 0) 
     if memory is not None:
         found.memory = round(memory * 1e9)
         if found.device.peak > found.memory:
-            found.instead = list(_smaller(arguments, found))
+            found.instead = list(_smaller(arguments, found.memory))
     return found
 
 
-def _smaller(arguments: Sequence[str], found: Plan) -> Iterator[dict[str, Any]]:
+def _smaller(arguments: Sequence[str], memory: int) -> Iterator[dict[str, Any]]:
     """What would make it fit, cumulatively; then the fewest GPUs of FSDP2."""
-    assert found.memory is not None
     changes: dict[str, Any] = {}
     given = parse(arguments)[1]
     for name, change in LESS:
@@ -115,8 +115,8 @@ def _smaller(arguments: Sequence[str], found: Plan) -> Iterator[dict[str, Any]]:
                 continue
         changes |= change
         peak = _counted(arguments, changes, True).device.peak
-        yield {"change": name, "set": {key: value}, "peak": peak, "fits": peak <= found.memory}
-        if peak <= found.memory:
+        yield {"change": name, "set": {key: value}, "peak": peak, "fits": peak <= memory}
+        if peak <= memory:
             return
     for ranks in (2, 4, 8, 16):
         init = {"data_parallel_size": ranks, "tensor_parallel_size": 1}
@@ -125,9 +125,9 @@ def _smaller(arguments: Sequence[str], found: Plan) -> Iterator[dict[str, Any]]:
         if tried.refused:
             return
         peak = tried.device.peak
-        if peak <= found.memory or ranks == 16:
+        if peak <= memory or ranks == 16:
             named = {"trainer.strategy": "ModelParallelStrategy", "trainer.devices": ranks}
-            yield {"change": f"FSDP2 on {ranks} GPUs", "set": named, "peak": peak, "fits": peak <= found.memory}
+            yield {"change": f"FSDP2 on {ranks} GPUs", "set": named, "peak": peak, "fits": peak <= memory}
             return
 
 
@@ -153,8 +153,8 @@ def _counted(arguments: Sequence[str], changes: dict[str, Any], for_card: bool) 
     with _collecting(refused):
         fitting.name_initial_words(built)
     for adapter in objective.trained:  # a word to count with, where none could be found
-        if getattr(adapter, "init", None) == fitting.CLASS:
-            adapter.init = "RANDOM"
+        if isinstance(adapter, TokenEmbedding) and fitting.CLASS in (adapter.init, *adapter.init):
+            adapter.init = RANDOM
     mode = fake_objective(objective)
     components = {name: list(m.parameters()) for name, m in objective.built.components().items()}
     parameters = {name: sum(p.numel() for p in own) for name, own in components.items()}

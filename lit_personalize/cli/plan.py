@@ -48,12 +48,10 @@ def size(count: int | None) -> str:
     """Bytes with three digits: 5.14 GB."""
     if count is None:
         return "unknown"
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 999.5:
-            break
-        value /= 1000
-    return f"{value:.3g} {unit}" if unit != "B" else f"{count} B"
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= 0.9995 * scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count} B"
 
 
 def number(count: int) -> str:
@@ -121,7 +119,7 @@ def sections(found: Plan) -> list[tuple[str, list[Row]]]:
         ("disk", files),
     ]  # fmt: skip
     if found.memory is not None:
-        out.append(("card", fits(found)))
+        out.append(("card", fits(found, found.memory)))
     return out
 
 
@@ -142,11 +140,10 @@ def times(found: Plan) -> list[Row]:
     return rows
 
 
-def fits(found: Plan) -> list[Row]:
-    """Whether a card is large enough, and what would make it so."""
-    assert found.memory is not None
-    ok = found.device.peak <= found.memory
-    rows: list[Row] = [("of " + size(found.memory), "fits" if ok else "too small", f"needs {size(found.device.peak)}")]
+def fits(found: Plan, memory: int) -> list[Row]:
+    """Whether a card of so many bytes is large enough, and what would make it so."""
+    ok = found.device.peak <= memory
+    rows: list[Row] = [("of " + size(memory), "fits" if ok else "too small", f"needs {size(found.device.peak)}")]
     for one in found.instead:
         verdict = "fits" if one["fits"] else "too small"
         keys: dict[str, Any] = one["set"]

@@ -104,7 +104,7 @@ class Objective(pl.LightningModule):
                 self.attach_to(load_base(self.base_name, **self.base_options))
         if self.device_mesh is not None and not self.sharded:
             self.place_factors()
-            sharding.shard(self.base, self.device_mesh["data_parallel"])
+            sharding.shard(self.built, self.device_mesh["data_parallel"])
 
     def attach_to(self, base: Base) -> None:
         """Take a base, which may have no weights, and attach the adapters."""

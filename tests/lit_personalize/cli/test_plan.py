@@ -50,8 +50,10 @@ def without_weights(base: Path, folder: Path) -> Path:
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> dict[str, Any]:
     capsys.readouterr()
-    assert main(["plan", "--json", *arguments]) == code
-    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    ended = main(["plan", "--json", *arguments])
+    printed = capsys.readouterr()
+    assert ended == code and printed.out, printed.err
+    report: dict[str, Any] = json.loads(printed.out)
     return report
 
 
@@ -77,20 +79,20 @@ def test_a_plan_without_weights_says_what_fit_writes(
 def test_everything_that_is_refused_is_said_at_once(
     tiny_bases: dict[str, Path], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rotations = {"class_path": "OFTMagnitudes"}
+    rotations = {"class_path": "OFT"}
     fsdp2 = {"data_parallel_size": 4, "tensor_parallel_size": 1}
     trainer = {
         "devices": 2,
         "strategy": {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy", "init_args": fsdp2},
     }
     run = write_run(
-        without_weights(tiny_bases["sd1"], here), [rotations], trainer=trainer, ema=0.9,
-        export={"formats": ["peft"]}, resume="must",
+        without_weights(tiny_bases["sd1"], here), [rotations, TOKEN], trainer=trainer, ema=0.9, resume="must",
     )  # fmt: skip
-    reasons = "\n".join(told(capsys, "-c", run, "--model.init_args.kernels", "reference", code=2)["refused"])
+    untold = ["--data.init_args.concepts", '[{"path": "photos", "class_noun": "cat"}]']
+    reasons = "\n".join(told(capsys, "-c", run, *untold, code=2)["refused"])
     for reason in (
         "ema: ModelParallelStrategy keeps shares", "data_parallel_size is 4, and trainer.devices times",
-        "OFTMagnitudes needs whole weights of the base", "export format peft is not for OFTMagnitudes",
+        "OFT needs whole weights of the base", "token <new1> is trained, but no caption",
         "has no complete checkpoint to resume from",
     ):  # fmt: skip
         assert reason in reasons
