@@ -8,6 +8,7 @@ once.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -46,6 +47,8 @@ LESS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("one picture a batch", {"data.init_args.batch_size": 1}),
 )
 """What is tried, one on top of the other, until a training fits a card."""
+MORE = (2, 4, 8, 16)
+"""GPUs of FSDP2 that are tried after that."""
 
 
 @dataclass
@@ -95,7 +98,7 @@ def plan(arguments: Sequence[str], memory: float | None = None, probe: int = 0) 
         from lit_personalize.profiling import time_steps
 
         measured = time_steps(arguments, probe)
-    found = _counted(arguments, {}, memory is not None)
+    found, _ = _counted(arguments, {}, memory is not None)
     found.probe = measured
     if memory is not None:
         found.memory = round(memory * 1e9)
@@ -114,24 +117,27 @@ def _smaller(arguments: Sequence[str], memory: int) -> Iterator[dict[str, Any]]:
             if given[key] == value:
                 continue
         changes |= change
-        peak = _counted(arguments, changes, True).device.peak
+        peak = _counted(arguments, changes, True)[0].device.peak
         yield {"change": name, "set": {key: value}, "peak": peak, "fits": peak <= memory}
         if peak <= memory:
             return
-    for ranks in (2, 4, 8, 16):
-        init = {"data_parallel_size": ranks, "tensor_parallel_size": 1}
-        sharded = {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy", "init_args": init}
-        tried = _counted(arguments, changes | {"trainer.strategy": sharded, "trainer.devices": ranks}, True)
-        if tried.refused:
-            return
-        peak = tried.device.peak
-        if peak <= memory or ranks == 16:
+    init = {"data_parallel_size": 2, "tensor_parallel_size": 1}
+    sharded = {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy", "init_args": init}
+    tried, on = _counted(arguments, changes | {"trainer.strategy": sharded, "trainer.devices": 2}, True)
+    if tried.refused:
+        return
+    for ranks in MORE:
+        peak = on(ranks).peak
+        if peak <= memory or ranks == MORE[-1]:
             named = {"trainer.strategy": "ModelParallelStrategy", "trainer.devices": ranks}
             yield {"change": f"FSDP2 on {ranks} GPUs", "set": named, "peak": peak, "fits": peak <= memory}
             return
 
 
-def _counted(arguments: Sequence[str], changes: dict[str, Any], for_card: bool) -> Plan:
+def _counted(
+    arguments: Sequence[str], changes: dict[str, Any], for_card: bool
+) -> tuple[Plan, Callable[[int], DeviceMemory]]:
+    """The plan with changed keys, and what each of another number of devices would hold."""
     refused: list[str] = []
     parser, config = parse(arguments)
     for key, value in changes.items():
@@ -181,13 +187,15 @@ def _counted(arguments: Sequence[str], changes: dict[str, Any], for_card: bool) 
     step = _step(objective, mode, pictures.view, strategy, gpu, built.trainer, notes)
     if step.note:
         notes.append(f"optimizer state is not counted: {step.note}")
-    device = per_device(step, objective, strategy, ranks, averaged)
-    return Plan(
+    on = functools.partial(per_device, step, objective, strategy, averaged=averaged)
+    device = on(ranks)
+    found = Plan(
         run=config.name, strategy=_name_of(strategy), devices=ranks, accelerator="gpu" if gpu else "cpu",
         parameters=parameters, types=types, step=step, device=device, pictures=pictures, schedule=schedule,
         disk=disk_of(built, step, pictures, schedule["optimizer_steps"]), notes=notes,
         refused=list(dict.fromkeys(refused)),
     )  # fmt: skip
+    return found, on
 
 
 def _step(
