@@ -40,8 +40,9 @@ quickstart: $(INSTALLED)
 
 # Resumable: cells that exist are kept, and a changed recipe or base makes new ones.
 science: $(INSTALLED)
-	@$(BIN)/python -m lit_personalize.report.science --budget $(BUDGET) --jobs $(JOBS); \
-	status=$$?; $(BIN)/python -m lit_personalize.report.pages && exit $$status
+	@$(BIN)/python benchmarks/crashes.py --kills 50 --jobs $(JOBS) --out benchmarks/crashes_cpu.json; \
+	crashes=$$?; $(BIN)/python -m lit_personalize.report.science --budget $(BUDGET) --jobs $(JOBS); \
+	status=$$?; $(BIN)/python -m lit_personalize.report.pages && exit $$((crashes > status ? crashes : status))
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)

@@ -57,7 +57,11 @@ class Batch:
     concept: Tensor | None = None
     """int64 `[B]`: index of the concept."""
     slot: Tensor | None = None
-    """int64 `[B]`: place of the adapter in a bank."""
+    """int64 `[B]`: place of the adapter in a bank; the samples of a slot lie side by side, all slots have as many."""
+    seed: Tensor | None = None
+    """int64 `[B]`, on the CPU: of each sample's random draws, where adapters of a bank have their own."""
+    step: Tensor | None = None
+    """int64 `[B]`, on the CPU: of each sample's adapter, which keys its random draws; likewise."""
     captions: list[str] | None = None
 
     def __post_init__(self) -> None:
@@ -106,7 +110,7 @@ class Batch:
                 return tuple(moved(part) for part in value)
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
-        return Batch(**{name: moved(value) for name, value in vars(self).items()})
+        return Batch(**{n: value if n in ("seed", "step") else moved(value) for n, value in vars(self).items()})
 
     @property
     def device(self) -> torch.device:
@@ -115,3 +119,10 @@ class Batch:
     def where(self, role: Role) -> Tensor:
         """bool `[B]`: samples of one role."""
         return self.role == int(role)
+
+    def count_in_slot(self, members: Tensor) -> Tensor:
+        """How many of the `members`, bool `[B]`, each sample's slot has, or without slots all have: int64 `[B]`."""
+        if self.slot is None:
+            return members.sum().expand(len(self))
+        counts = torch.zeros(len(self), dtype=torch.int64, device=self.device)
+        return counts.index_add_(0, self.slot, members.to(torch.int64))[self.slot]

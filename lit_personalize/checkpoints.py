@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lit_personalize import atomic
 from lit_personalize.errors import LitpError
 
+log = logging.getLogger(__name__)
 MARK = "COMPLETE"
 STATE = "state.ckpt"
 """The trainer's state in a checkpoint directory: a file, or a directory where a strategy shards it."""
@@ -183,8 +184,11 @@ def prune(folder: Path, keep_last: int, keep: Iterable[int] = ()) -> list[int]:
     kept = set(keep)
     removed = [(step, path) for step, path in published(folder)[:-keep_last] if step not in kept]
     for _, path in removed:
-        with suppress(FileNotFoundError):
-            (path / MARK).unlink()
+        try:
+            (path / MARK).unlink(missing_ok=True)
+        except OSError as error:  # a folder that has turned read-only: nothing is lost by keeping it
+            log.warning("%s stays: %s", path, error.strerror)
+            continue
         shutil.rmtree(path, ignore_errors=True)
     return [step for step, _ in removed]
 
@@ -200,6 +204,18 @@ def find_complete(folder: Path) -> Found | None:
             return Found(path, step, skipped)
         skipped.append(f"{path.name}: {'; '.join(reasons)}")
     return None
+
+
+def damaged(folder: Path) -> list[str]:
+    """Why each published checkpoint that is not whole is not, newest first."""
+    found = [(path, problems(path)) for _, path in reversed(published(folder))]
+    return [f"{path.name}: {'; '.join(reasons)}" for path, reasons in found if reasons]
+
+
+def unfinished(folder: Path) -> list[int]:
+    """Steps of which a save was ended before it was published."""
+    names = (path.name.removeprefix(_STAGED) for path in Path(folder).glob(f"{_STAGED}*"))
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def find_best(folder: Path) -> Found | None:
@@ -222,7 +238,7 @@ def problems(path: Path) -> list[str]:
         files, step, version = dict(mark["files"]), mark["step"], mark["format"]
     except FileNotFoundError:
         return [f"no {MARK}: it was not written to the end"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return [f"{MARK} is not readable ({error.__class__.__name__})"]
     if version != FORMAT:
         return [f"format {version}, this release reads {FORMAT}"]
@@ -246,15 +262,18 @@ def size_of(path: Path) -> int:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What the trainer saved into a checkpoint, tensors on the CPU; of a sharded state without the optimizer's."""
-    import torch
+    """What the trainer saved into a checkpoint, tensors on the CPU; of a sharded state without the optimizer's.
 
+    Raises:
+        DataError: It would run code, or is damaged; see `export.pickled.read_pickle`.
+    """
     from lit_personalize import sharded_state
+    from lit_personalize.export.pickled import read_pickle
 
     state = Path(path) / STATE
     if sharded_state.kind(state) != "whole":
         return sharded_state.read_state(state)
-    return dict(torch.load(state, map_location="cpu", weights_only=True))
+    return dict(cast(dict[str, Any], read_pickle(state)))
 
 
 def load_state(path: Path, *, averaged: bool = False) -> dict[str, Any]:

@@ -8,6 +8,7 @@ are merged, lists are replaced. An unknown key or a wrong type is one clear `Usa
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import re
 from collections.abc import Iterable, Sequence
@@ -29,13 +30,15 @@ from lit_personalize.adapters.oft import OFT
 from lit_personalize.adapters.oft_magnitudes import OFTMagnitudes
 from lit_personalize.adapters.token_embedding import TokenEmbedding
 from lit_personalize.adapters.ziplora import ZipLoRA
+from lit_personalize.class_paths import allow_only, refusal, refuse_commands, take_allowed
 from lit_personalize.errors import UsageError
 from lit_personalize.export.factorize import Truncation
-from lit_personalize.list_replacement import replace_lists
+from lit_personalize.list_replacement import entry_options, replace_lists, without_entries
 from lit_personalize.objectives.denoising import Denoising
 from lit_personalize.objectives.merged_distillation import MergedDistillation
 from lit_personalize.objectives.prior_preservation import PriorPreservation
 from lit_personalize.recipe_files import method_of, recipe_path
+from lit_personalize.yaml_files import read_yaml
 
 OBJECTIVES: list[type] = [
     Denoising,
@@ -151,13 +154,19 @@ def parse(arguments: Sequence[str]) -> tuple[LightningArgumentParser, Namespace]
     """Parse command-line arguments (with `-c` files) into a checked configuration.
 
     Raises:
-        UsageError: An unknown key, a wrong type, a missing value.
+        UsageError: An unknown key, a wrong type, a missing value, a class that is not allowed (see `class_paths`).
     """
+    options, allowed = take_allowed(arguments)
+    allow_only(allowed)
     parser = build_parser()
     try:
-        given = _with_paths(arguments)
+        given, entries = without_entries(_with_paths(options))
         config = parser.parse_args(replace_lists(given))
+        if entries:
+            whole = yaml.safe_load(parser.dump(config, skip_validation=True))
+            config = parser.parse_args(replace_lists([*given, *entry_options(whole, entries)]))
         config.recipe = config.recipe or _method_of(given)
+        refuse_commands(config.data, allowed)
         return parser, config
     except (ArgumentError, TypeError, ValueError) as error:
         raise UsageError(explain(str(error))) from error
@@ -191,6 +200,29 @@ def instantiate(parser: LightningArgumentParser, config: Namespace) -> Namespace
         raise UsageError(explain(str(error))) from error
 
 
+@functools.cache
+def _data_parser() -> LightningArgumentParser:
+    data_classes()
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(pl.LightningDataModule, "data", subclass_mode=True)
+    return parser
+
+
+def data_of(config: Namespace, concepts: list[dict[str, Any]], seed: int) -> Any:
+    """The data module of a configuration with other concepts and another seed.
+
+    Raises:
+        UsageError: A class refused its options.
+    """
+    given = config.data.clone().as_dict()
+    given["init_args"] |= {"concepts": concepts, "seed": seed}
+    parser = _data_parser()
+    try:
+        return instantiate(parser, parser.parse_object({"data": given})).data
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise UsageError(explain(str(error))) from error
+
+
 def _with_paths(arguments: Sequence[str]) -> list[str]:
     """Put the configuration files first, so that options win wherever they stand; recipe names become paths."""
     files: list[str] = []
@@ -217,14 +249,7 @@ def _method_of(arguments: Sequence[str]) -> str:
 
 def _readable(path: Path) -> Path:
     """The path of a file that is YAML; the parser's own message would not name it."""
-    try:
-        yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 (offset {error.start}); save it as UTF-8") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark else ""
-        raise UsageError(f"{path} is not YAML: {where}{getattr(error, 'problem', error)}") from error
+    read_yaml(path)
     return path
 
 
@@ -254,6 +279,7 @@ KEY = re.compile(r'Parser key "([\w.]+)":')
 EXPECTED = re.compile(r"Expected an? (?:<class '([\w.]+)'>|typing\.Literal\[([^\]]*)\])")
 REQUIRED = re.compile(r"the following arguments are required: (.+)")
 GIVEN = re.compile(r"(?:Got|Given) value: (.*)")
+DENIED = re.compile(r"Importing '([\w.]+)' is not allowed")
 MISSING = re.compile(r"(?:No module named '|import of )(\w+)")
 NO_CALLABLE = re.compile(r"expects a function or a callable class: (.+?)\. Got value")
 EXTRAS = {"bitsandbytes": "bitsandbytes", "prodigyopt": "prodigy"}
@@ -272,6 +298,8 @@ def explain(message: str) -> str:
         return "trainer.strategy: package deepspeed is not installed; pip install 'lit-personalize[cluster]'"
     keys = KEY.findall(message)
     key = ".".join(dict.fromkeys(keys))
+    if match := DENIED.search(message):
+        return refusal(match[1], key)
     if keys and (match := NO_CLASS.search(message)):
         return f"{key}: there is no class {match[1]!r}{suggestion(match[1], known_classes())}"
     if keys and (match := MISSING.search(message)):

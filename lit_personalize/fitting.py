@@ -12,6 +12,7 @@ import functools
 import hashlib
 import logging
 import os
+import pickle
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -26,10 +27,11 @@ from lightning.pytorch.strategies import Strategy
 from lit_personalize import checkpoints, preflight, sharded_state, stop_signals, strategies
 from lit_personalize.adapters.protocol import AdapterWeights
 from lit_personalize.adapters.token_embedding import CLASS
+from lit_personalize.backbones.base import Base
 from lit_personalize.batch import Role
 from lit_personalize.configuration import instantiate, parse, resolved_text
 from lit_personalize.devices import device_of
-from lit_personalize.errors import PreemptedError, UsageError
+from lit_personalize.errors import DataError, PreemptedError, UsageError
 from lit_personalize.export.card import write_card
 from lit_personalize.export.exporter import Exported, export
 from lit_personalize.export.verify import verify
@@ -172,9 +174,13 @@ def bind_data(built: Namespace) -> None:
     data: Any = built.data
     objective.configure_model()
     objective.to(training_device(built))  # generating a set and caching latents take long on a CPU
-    base = objective.built
+    bind_encoders(data, objective.built, built.sampling)
+
+
+def bind_encoders(data: Any, base: Base, sampling: Any) -> None:
+    """Give a base's encoders, and its sampler with the steps and guidance of `sampling`, to a data module."""
     if hasattr(data, "bind"):
-        how = SamplingOptions(built.sampling.steps, built.sampling.guidance)
+        how = SamplingOptions(sampling.steps, sampling.guidance)
 
         def draw(captions: Sequence[str], seeds: Sequence[int]) -> Any:
             return generate(base, list(captions), list(seeds), None, how, data.resolution)
@@ -215,8 +221,7 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> bool:
     from lit_callbacks.run_checkpoint import RunCheckpoint
 
     found = checkpoints.find_complete(run.checkpoints)
-    for reason in found.skipped if found else ():
-        log.warning("passed over a checkpoint: %s", reason)
+    _tell_what_was_found(run, found)
     refuse_resume(found, built, run)
     write = functools.partial(run.write_record, resolved, built.recipe)
     record = functools.cache(write if is_rank_zero() else lambda: None)
@@ -235,7 +240,7 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> bool:
     quiet_lightning()
     trainer = build_trainer(built, run, found.step if found else 0)
     if found:
-        refuse_other_layout(found, built.model, trainer.strategy)
+        refuse_other_layout(found, built.model, trainer.strategy, trainer.world_size)
     averaged, best = built.ema is not None, built.checkpoint.best
     strategies.prepare(trainer.strategy, built.model, averaged, best, trainer.world_size)
     # Only here is the checkpoint read, and found to fit or not.
@@ -243,18 +248,22 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> bool:
     trainer.callbacks += [LambdaCallback(on_train_start=lambda *_: record()), others]  # type: ignore[attr-defined]
     keeper = next(c for c in trainer.callbacks if isinstance(c, RunCheckpoint))  # type: ignore[attr-defined]
     known = list(getattr(built.data, "records", ()))
+    start = str(found.state) if found else None
     try:
-        start = str(found.state) if found else None
         trainer.fit(built.model, datamodule=built.data, ckpt_path=start, weights_only=True)
     except SystemExit as exit_:  # Lightning turns Ctrl-C into an exit of its own
         if keeper.preempted:
             if is_rank_zero():
                 run.note_preemption(f"{keeper.preempted} step={keeper.last_saved}")
-            stop = f"{keeper.preempted}: saved at step {keeper.last_saved}; the same command continues"
-            raise PreemptedError(stop) from exit_
+            raise PreemptedError(f"{keeper.preempted}: {_saved(keeper.last_saved)}") from exit_
         if keeper.interrupted:
-            raise KeyboardInterrupt(f"saved at step {keeper.last_saved}; the same command continues") from exit_
+            raise KeyboardInterrupt(_saved(keeper.last_saved)) from exit_
         raise
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"{start} holds more than a run's state, and loading it could run code, so it was not loaded; remove that "
+            "checkpoint, and the same command continues from the one before"
+        ) from error
     except Exception as error:
         if others.lost:
             raise others.lost from error
@@ -265,6 +274,22 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> bool:
             built.data.write_manifest(run.manifest)
     record()  # where no step was left to train
     return not (keeper.interrupted or _out_of_time(trainer))
+
+
+def _tell_what_was_found(run: RunDirectory, found: checkpoints.Found | None) -> None:
+    """Say which checkpoints are passed over and why, and that the run begins anew where none is left."""
+    skipped = found.skipped if found else checkpoints.damaged(run.checkpoints)
+    for reason in skipped:
+        log.warning("passed over a checkpoint: %s", reason)
+    for step in checkpoints.unfinished(run.checkpoints):
+        log.info("the save of step %d was ended before it was done", step)
+    if skipped and found is None:
+        log.warning("run %s: none of its checkpoints is whole; it starts at step 0", run.name)
+
+
+def _saved(step: int | None) -> str:
+    saved = "nothing is saved yet" if step is None else f"saved at step {step}"
+    return f"{saved}; the same command continues"
 
 
 def refuse_resume(found: checkpoints.Found | None, built: Namespace, run: RunDirectory) -> None:
@@ -294,15 +319,21 @@ def refuse_other_strategy(found: checkpoints.Found, strategy: Strategy) -> str:
     return written
 
 
-def refuse_other_layout(found: checkpoints.Found, objective: Denoising, strategy: Strategy) -> None:
+def refuse_other_layout(found: checkpoints.Found, objective: Denoising, strategy: Strategy, ranks: int) -> None:
     """Refuse what the strategy cannot read, before it tries.
 
     Raises:
-        UsageError: The checkpoint is of another kind of strategy.
+        UsageError: The checkpoint is of another kind of strategy, or DeepSpeed's of another number of ranks.
         DataError: It is a sharded one of other adapters or of another base.
     """
     if refuse_other_strategy(found, strategy) != "whole":
-        objective.check_resumable(sharded_state.read_state(found.state, device="meta"))
+        state = sharded_state.read_state(found.state, device="meta")
+        if (before := state.get("dp_world_size", ranks)) != ranks:
+            raise UsageError(
+                f"checkpoint {found.path.name} is in DeepSpeed's shares of {before} ranks, which {ranks} cannot read: "
+                f"go on with {before}, or use ModelParallelStrategy (FSDP2), whose checkpoints any number can read"
+            )
+        objective.check_resumable(state)
 
 
 def _out_of_time(trainer: pl.Trainer) -> bool:

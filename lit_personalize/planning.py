@@ -183,7 +183,7 @@ def _counted(
             objective.place_factors()
     with _collecting(refused):
         if objective.sharded or objective.kernels not in ("auto", "triton"):
-            objective.fuse("cuda" if gpu else "cpu")
+            objective.fuse_kernels(device="cuda" if gpu else "cpu")
     step = _step(objective, mode, pictures.view, strategy, gpu, built.trainer, notes)
     if step.note:
         notes.append(f"optimizer state is not counted: {step.note}")
@@ -210,12 +210,12 @@ def _step(
         try:
             with _triton_without_a_gpu():
                 objective.kernels = "triton"
-                objective.fuse("cuda")
+                objective.fuse_kernels(device="cuda")
                 return count_step(objective, mode, view, **how)
         except (UsageError, ValueError) as error:
             notes.append(f"memory is counted without fused kernels: {error}")
             objective.kernels = "off"
-            objective.fuse("cuda")
+            objective.fuse_kernels(device="cuda")
         finally:
             objective.kernels = asked
     return count_step(objective, mode, view, **how)

@@ -13,6 +13,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -154,8 +155,7 @@ class RunDirectory:
         """Add a line with its time, and the job where there is one, to preempt.log."""
         path = self.path / "preempt.log"
         before = path.read_text(encoding="utf-8") if path.exists() else ""
-        job = {name.removeprefix("SLURM_").lower(): os.environ[name] for name in JOB if name in os.environ}
-        words = [_now(), what, *(f"{name}={value}" for name, value in job.items())]
+        words = [_now(), what, *(f"{name}={value}" for name, value in _job().items())]
         return self.write_text(path.name, f"{before}{' '.join(words)}\n")
 
     # ---- finishing --------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ class RunDirectory:
         self.create()
         descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(descriptor)
         except BlockingIOError as error:
             owner = os.pread(descriptor, 4096, 0).decode(errors="replace")
             os.close(descriptor)
@@ -219,6 +219,29 @@ class RunDirectory:
         # A forked loader worker would hold the lock on after its parent was killed.
         os.register_at_fork(after_in_child=self._forget)
         return self
+
+    def owner_line(self) -> str:
+        """What the owner wrote of itself; it stays if the owner was killed, else "" when nobody owns the run."""
+        try:
+            return self.lock_file.read_text(encoding="utf-8", errors="replace").strip("\0 \n")
+        except OSError:
+            return ""
+
+    def is_held(self) -> bool:
+        """Whether a process owns the run now; where a file system has no locks, whether one said so."""
+        if not self.owner_line():
+            return False
+        try:
+            descriptor = os.open(self.lock_file, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back at once
+        except OSError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
 
     def unlock(self) -> None:
         """Give the run free."""
@@ -239,6 +262,22 @@ class RunDirectory:
         self.unlock()
 
 
+def _take(descriptor: int) -> None:
+    """Lock an open file for this process alone; `is_held` may have it for an instant.
+
+    Raises:
+        BlockingIOError: Another process has it.
+    """
+    for wait in (0.02, 0.1, None):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if wait is None:
+                raise
+            time.sleep(wait)
+
+
 def describe_environment() -> dict[str, Any]:
     """Versions, machine, threads and git commit; imports nothing that is not loaded."""
     described: dict[str, Any] = {
@@ -250,11 +289,18 @@ def describe_environment() -> dict[str, Any]:
         "versions": {name: _version(name) for name in PACKAGES},
         "git": _git_commit(Path.cwd()),
     }
+    if job := _job():
+        described["job"] = job
     if (torch := sys.modules.get("torch")) is not None:
         described["torch_threads"] = torch.get_num_threads()
         described["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         described["cuda"] = torch.version.cuda
     return described
+
+
+def _job() -> dict[str, str]:
+    """Slurm's numbers of the job that this process belongs to."""
+    return {name.removeprefix("SLURM_").lower(): os.environ[name] for name in JOB if name in os.environ}
 
 
 def _git_commit(folder: Path) -> dict[str, Any] | None:

@@ -12,9 +12,12 @@ import shutil
 import socket
 import sys
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # `file_modes`
 
 # Read when torch and huggingface_hub are first imported, also by the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "2")

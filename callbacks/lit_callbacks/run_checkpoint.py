@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import signal
@@ -15,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lit_callbacks.direct_checkpoint_io import DirectCheckpointIO
 from lit_personalize import atomic, checkpoints, stop_signals
@@ -175,7 +177,8 @@ class RunCheckpoint(Callback):
             if self.best is not None and self.best["step"] == step:
                 text = f"{path.name} {self.best['metric']}={self.best['value']:.6g}\n"
                 atomic.write_text(self.folder / "best", text)
-            checkpoints.prune(self.folder, self.keep_last, keep=[self.best["step"]] if self.best else [])
+            best = [self.best["step"]] if self.best else []
+            checkpoints.prune(self.folder, self.keep_last, keep=[step, *best])  # newer ones may be damaged
         return path
 
     def _publish(self, trainer: pl.Trainer, step: int) -> Path:
@@ -196,8 +199,8 @@ class RunCheckpoint(Callback):
         failure: OSError | None = None
         try:
             trainer.save_checkpoint(staged / checkpoints.STATE)
-        except OSError as error:
-            failure = error
+        except (OSError, CheckpointException) as error:  # the latter on all ranks, of a disk that failed one of them
+            failure = error if isinstance(error, OSError) else OSError(errno.EIO, str(error))
             trainer.strategy.barrier("Trainer.save_checkpoint")  # the one that the error jumped over
 
         def seal() -> None:

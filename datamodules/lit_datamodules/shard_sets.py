@@ -74,7 +74,10 @@ def _differences(path: Path, count: int, hashed: bool) -> list[str]:
     found = [] if count else [f"shard {path} holds no sample"]
     stats = path.with_name(f"{path.stem}_stats.json")
     if stats.is_file():
-        expected = json.loads(stats.read_text(encoding="utf-8")).get("successes")
+        try:
+            expected = json.loads(stats.read_text(encoding="utf-8")).get("successes")
+        except (ValueError, AttributeError, RecursionError):
+            return [*found, f"{stats} is damaged"]
         if expected is not None and expected != count:
             found.append(f"shard {path} holds {count} samples, but {stats.name} counts {expected}")
     return [*found, *filter(None, [difference(path, hashed)])]
@@ -121,7 +124,7 @@ def _stated_hash(entry: Entry, fd: int) -> str:
         return ""
     try:
         about = json.loads(os.pread(fd, member.size, member.offset))
-    except ValueError:  # a broken json holds nothing that training needs
+    except (ValueError, RecursionError):  # a broken json holds nothing that training needs
         return ""
     return str(about.get("file_sha256", "")) if isinstance(about, dict) else ""
 

@@ -85,8 +85,11 @@ def stated(path: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(manifest.read_text(encoding="utf-8"))
-        return found.get(path.name)
-    except (ValueError, AttributeError) as error:
+        said = found.get(path.name)
+        if said is not None and not {"bytes", "sha256"} <= said.keys():
+            raise ValueError(f"it says neither bytes nor sha256 of {path.name}")
+        return said
+    except (ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"{manifest} is damaged: {error}; pack the shards again, or remove it") from error
 
 

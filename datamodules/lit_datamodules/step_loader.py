@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+
+from lit_datamodules.worker_signals import WorkerSignals
 
 S = TypeVar("S")
 Item = Any
@@ -80,6 +83,7 @@ class StepLoader(Generic[S]):
         self._worker_start = worker_start if num_workers else None
         self._steps = _Steps(slots_of_step)
         self._loader: DataLoader[Item] | None = None
+        self._signals: WorkerSignals | None = None
         self._running: weakref.ref[Generator[Batch, None, None]] | None = None
 
     def __len__(self) -> int:
@@ -96,13 +100,18 @@ class StepLoader(Generic[S]):
         self._restored = False
         self._steps.start, self._steps.stop = self.cursor, self.cursor + self.steps_per_epoch - self._in_epoch
         if self._loader is None:
+            if self._num_workers:
+                self._signals = WorkerSignals(self._worker_start)
+                weakref.finalize(self, self._signals.end).atexit = False  # that is its own
             # A generator of its own, because a loader without one draws from the global generator.
             self._loader = DataLoader(
                 _Items(self._draw), batch_sampler=self._steps, num_workers=self._num_workers, collate_fn=_as_list,  # type: ignore[arg-type]
                 persistent_workers=self._num_workers > 0, generator=torch.Generator(),
-                multiprocessing_context=self._worker_start,
+                multiprocessing_context=self._worker_start, worker_init_fn=self._signals,
             )  # fmt: skip
-        for items in self._loader:
+        with self._signals.held() if self._signals is not None else nullcontext():
+            drawn = iter(self._loader)
+        for items in drawn:
             batch = self.finish(items)
             self.cursor += 1
             self._in_epoch += 1
@@ -117,7 +126,9 @@ class StepLoader(Generic[S]):
         if running is not None:
             running.close()
         del running
-        self._loader = None
+        if self._signals is not None:
+            self._signals.end()
+        self._loader = self._signals = None
 
     def state_dict(self) -> dict[str, int]:
         return {"cursor": self.cursor, "in_epoch": self._in_epoch}

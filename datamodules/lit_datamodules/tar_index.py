@@ -21,6 +21,11 @@ CAPTION_KEYS = ("txt", "text", "caption")
 CHUNK = 1 << 20
 MAGIC, MAGIC_AT = b"ustar", 257
 """What a header holds, and at which of its bytes."""
+NO_FILES = {
+    tarfile.SYMTYPE: "a symbolic link", tarfile.LNKTYPE: "a hard link", tarfile.CHRTYPE: "a device",
+    tarfile.BLKTYPE: "a device", tarfile.FIFOTYPE: "a pipe",
+}  # fmt: skip
+"""Members that reach for something outside of the shard; folders and headers of archives do not."""
 LONGEST_NAME = 1 << 16
 """Bytes of a name in an extended header; more is damage."""
 
@@ -95,6 +100,9 @@ def index_tar(path: Path) -> TarIndex:
             key, kind = split_name(name)
             if not kind:
                 continue
+            if key.startswith("/") or ".." in key.split("/"):
+                index.faults.append(Fault(member.offset, f"names a file outside of it, {name}, which is left out"))
+                continue
             if entry is None or entry.key != key or kind in entry.members:
                 entry = Entry(key)
                 if key in seen:
@@ -114,8 +122,10 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def read_member(path: Path, member: Member) -> bytes:
-    """The bytes of one file of a shard."""
+    """The bytes of one file of a shard; none where the shard has no such place, which a foreign index may name."""
     with path.open("rb") as file:
+        if not 0 <= member.offset <= member.offset + member.size <= file.seek(0, io.SEEK_END):
+            return b""
         file.seek(member.offset)
         return file.read(member.size)
 
@@ -165,6 +175,8 @@ def _files(file: io.BufferedReader, size: int, faults: list[Fault]) -> Iterator[
             continue
         if info.isreg():
             yield name or info.name, Member(data, length)
+        elif info.type in NO_FILES:
+            faults.append(Fault(offset - BLOCK, f"holds {NO_FILES[info.type]}, {name or info.name}, which is not read"))
         name, real_size = "", None
     faults.append(Fault(offset, "is cut off: its end marker is missing"))
 

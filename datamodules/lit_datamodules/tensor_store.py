@@ -119,6 +119,6 @@ def _names_in(path: Path) -> list[str]:
         end = max((int(about["data_offsets"][1]) for about in header.values()), default=0)
         if end != size - 8 - length:
             raise ValueError(f"it has {size} bytes, its header says {8 + length + end}")
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise DataError(f"cache file {path} is damaged ({error}); remove it, it is filled again") from error
     return list(header)

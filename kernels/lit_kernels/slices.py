@@ -20,16 +20,16 @@ class Projection:
     weight: Tensor
     """W `[out, in]`."""
     down: Tensor | None = None
-    """A `[R, in]`."""
+    """A `[R, in]`; `[G, R, in]` where a bank lends the layer the factors of G adapters."""
     up: Tensor | None = None
-    """B `[out, R]`."""
+    """B `[out, R]`; `[G, out, R]` likewise."""
     scale: float = 1.0
     bias: Tensor | None = None
 
     @property
     def rank(self) -> int:
         """R; 0 without factors."""
-        return 0 if self.down is None else len(self.down)
+        return 0 if self.down is None else self.down.shape[-2]
 
 
 def projection_of(layer: nn.Module) -> Projection | str:
@@ -70,6 +70,6 @@ def projection_of(layer: nn.Module) -> Projection | str:
     if len(found) == 1:
         plain.down, plain.up, plain.scale = found[0]
         return plain
-    plain.down = torch.cat([down for down, _, _ in found])
-    plain.up = torch.cat([up * scale for _, up, scale in found], dim=1)
+    plain.down = torch.cat([down for down, _, _ in found], dim=-2)
+    plain.up = torch.cat([up * scale for _, up, scale in found], dim=-1)
     return plain

@@ -84,7 +84,7 @@ def read(file: Path) -> list[Entry]:
         if told["format"] != FORMAT:
             raise ValueError(f"its format is {told['format']}, not {FORMAT}")
         return [_checked(Entry(**entry)) for entry in told["entries"]]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         fix = f"remove the file, or measure it anew: rm {file}; litp profile kernels --tune --table {file.parent}"
         raise ValueError(f"{file} is no table of kernels ({type(error).__name__}: {error}); {fix}") from error
 

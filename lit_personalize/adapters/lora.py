@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from lit_kernels.bank_lora.layers import fuse
 from lit_personalize import randomness
 from lit_personalize.adapters import layer_selection
 from lit_personalize.adapters.dora import DoraScale
@@ -56,6 +57,8 @@ class LoRA(Adapter):
         use_dora: Train the length of every output's weights, too (DoRA, see `dora.py`).
         lr_ratio: Learning rate of B over that of A (LoRA+, Hayou et al., 2024, arXiv 2402.12354).
         block_lr: Learning rates of A (and of B, times `lr_ratio`) of single layers, as `rank_pattern` names them.
+        init_seed: Of A's initial values; None takes the run's. Adapters whose factors are to be compared number by
+            number must have begun at the same ones: of another start, the same change has other factors.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class LoRA(Adapter):
         use_dora: bool = False,
         lr_ratio: float | None = None,
         block_lr: dict[str, float] | None = None,
+        init_seed: int | None = None,
     ):
         super().__init__(name, lr, weight_decay, span)
         for value in (rank, *(rank_pattern or {}).values()):
@@ -100,6 +104,7 @@ class LoRA(Adapter):
         self.use_dora = use_dora
         self.lr_ratio = lr_ratio
         self.block_lr = block_lr or {}
+        self.init_seed = init_seed
         self._peft: dict[str, nn.Module] = {}
         self._alphas: dict[str, float] = {}
         """For s = alpha / R: what a pattern or `use_rslora` says is in it."""
@@ -185,10 +190,35 @@ class LoRA(Adapter):
                     layer.lora_magnitude_vector[self.name] = scale
 
     def _initial_down(self, shape: torch.Size, seed: int, layer: str) -> Tensor:
+        seed = seed if self.init_seed is None else self.init_seed
         if self.init == "gaussian":
             return randomness.normal(shape, seed, "lora-init", 0, [layer])[0] / shape[0]
         draws = randomness.generator(seed, "lora-init", 0, layer).random(tuple(shape), dtype="float32")
         return (2 * torch.from_numpy(draws) - 1) / shape[1:].numel() ** 0.5
+
+    def why_not_in_a_bank(self) -> str:
+        if self.use_dora:
+            return "it has use_dora"
+        for layer, module in self._peft.items():
+            if not isinstance(module.get_base_layer(), nn.Linear):  # type: ignore[operator]
+                return f"{layer} is a convolution; set targets to linear layers, such as attention"
+        return ""
+
+    @torch.no_grad()
+    def begin(self, seed: int, class_noun: str = "") -> None:
+        for layer in self._peft:
+            down = self.factor(f"{layer}:A")
+            down.copy_(self._initial_down(down.shape, seed, layer))
+            self.factor(f"{layer}:B").zero_()
+
+    def lend(self, stacked: Mapping[str, Tensor] | None) -> None:
+        for layer, module in self._peft.items():
+            if "_lit_backend" not in module.__dict__:  # else the UNet is patched, with a backend of its own
+                fuse(module, "fallback")
+            for part, linear in (("A", module.lora_A[self.name]), ("B", module.lora_B[self.name])):  # type: ignore[operator,index]
+                name = f"{layer}:{part}"
+                linear.__dict__["weight"] = self.factor(name) if stacked is None else stacked[name]
+        self._dtype = None  # what `refresh` had cast is gone
 
     def refresh(self, dtype: torch.dtype) -> None:
         for layer, scale in self._scales().items():  # the norms are those of the coming step

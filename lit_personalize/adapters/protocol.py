@@ -174,6 +174,21 @@ class Adapter(nn.Module, ABC):
         first, end = (int(x if x > 1 else x * steps + 1e-9) for x in self.span)  # 0.29 * 100 is 28.999...
         return first, end
 
+    def why_not_in_a_bank(self) -> str:
+        """Why a bank cannot train this adapter, which is attached; "" if it can, and has the two methods below."""
+        return "a bank trains LoRA and TokenEmbedding"
+
+    def begin(self, seed: int, class_noun: str = "") -> None:
+        """Put factors and buffers where a new adapter of this seed, for a concept of this noun, begins (banks)."""
+        raise NotImplementedError(self.why_not_in_a_bank())
+
+    def lend(self, stacked: Mapping[str, Tensor] | None) -> None:
+        """Compute with the factors and buffers of G adapters, by name, each `[G, ...]`; None goes back to the own ones.
+
+        Of a batch, the first of G equal shares meets the first adapter, and so on (banks).
+        """
+        raise NotImplementedError(self.why_not_in_a_bank())
+
     def at_step(self, step: int, steps: int) -> None:
         """Take up what holds at optimizer step `step` of `steps`; called before every batch."""
         first, end = self.span_in_steps(steps)
@@ -249,6 +264,10 @@ class Adapter(nn.Module, ABC):
     def factor(self, name: str) -> nn.Parameter:
         """One trained parameter by its stable name."""
         return self.factors[_escape(name)]
+
+    def constants(self) -> dict[str, Tensor]:
+        """What an adapter was begun with and does not train, by name."""
+        return dict(self.named_buffers())
 
     def snapshot(self) -> dict[str, Tensor]:
         """Copies of all factors."""

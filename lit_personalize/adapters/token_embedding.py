@@ -7,6 +7,7 @@ embedding), or at random with the spread of the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -84,6 +85,9 @@ class TokenEmbedding(Adapter):
         self.unlocked = self.vectors if unlock_every is None else 1
         """Rows in use, from the first; the others keep their initial values."""
         self._added: list[tuple[AddedRows, list[int]]] = []
+        self._sides: list[tuple[nn.Module, object]] = []
+        """Text encoders and their tokenizers."""
+        self._lent: Mapping[str, Tensor] | None = None
 
     @property
     def tokens(self) -> list[str]:
@@ -94,7 +98,7 @@ class TokenEmbedding(Adapter):
         if self.attached:
             return
         pairs = zip(base.text_encoders, base.tokenizers, strict=True)
-        initial = [self._initial_rows(i, *pair, seed) for i, pair in enumerate(pairs)]
+        initial = [self._initial_rows(i, *pair, seed, self.words()) for i, pair in enumerate(pairs)]
         for tokenizer in base.tokenizers:
             vocabulary = tokenizer.get_vocab()
             if taken := [t for t in self.tokens if t in vocabulary or f"{t.lower()}</w>" in vocabulary]:
@@ -108,15 +112,23 @@ class TokenEmbedding(Adapter):
             self.register_buffer(f"wanted_{i}", self._wanted(base.text_encoders[i], rows), persistent=False)
             base.added_rows[i].add(partial(self.rows, i))
             self._added.append((base.added_rows[i], base.tokenizers[i].convert_tokens_to_ids(self.tokens)))
+            self._sides.append((base.text_encoders[i], base.tokenizers[i]))
         base.vectors_of_token[self.token] = self.vectors
         self._unlock(self.unlocked)
         self.attached = True
 
-    def _initial_rows(self, index: int, encoder: nn.Module, tokenizer: object, seed: int) -> Tensor:
+    def words(self, class_noun: str = CLASS) -> list[str]:
+        """What every row begins at, with a noun in the place of CLASS."""
+        words = [self.init] * self.vectors if isinstance(self.init, str) else self.init
+        return [class_noun if word == CLASS else word for word in words]
+
+    def _initial_rows(
+        self, index: int, encoder: nn.Module, tokenizer: object, seed: int, words: Sequence[str]
+    ) -> Tensor:
         """fp32 `[vectors, d]`."""
         matrix = _matrix(encoder)
         found = []
-        for i, word in enumerate([self.init] * self.vectors if isinstance(self.init, str) else self.init):
+        for i, word in enumerate(words):
             if word == RANDOM:
                 key = f"{_encoder(index)}:{self.token}:{i}"
                 draw = randomness.normal(matrix.shape[1:], seed, "token-init", 0, [key])[0]
@@ -136,15 +148,35 @@ class TokenEmbedding(Adapter):
             return _matrix(encoder).float().norm(dim=1).mean().reshape(1, 1)
         return _matrix(encoder).float().std().reshape(1, 1) if self.norm == "deviation" else torch.ones(1, 1)
 
+    def why_not_in_a_bank(self) -> str:
+        return "" if self.unlock_every is None else "it has unlock_every"
+
+    @torch.no_grad()
+    def begin(self, seed: int, class_noun: str = "") -> None:
+        if CLASS in self.words() and not class_noun:
+            raise UsageError(f"{self.name} has init: {CLASS}: give every adapter of the bank a class noun")
+        for i, (encoder, tokenizer) in enumerate(self._sides):
+            rows = self._initial_rows(i, encoder, tokenizer, seed, self.words(class_noun))
+            self.factor(f"{_encoder(i)}:{self.token}").copy_(rows)
+            self.get_buffer(f"initial_{i}").copy_(rows)
+            self.get_buffer(f"wanted_{i}").copy_(self._wanted(encoder, rows))
+
+    def lend(self, stacked: Mapping[str, Tensor] | None) -> None:
+        self._lent = stacked
+
     def rows(self, encoder: int = 0) -> Tensor:
-        """The rows `[vectors, d]` in use: trained ones, or the initial ones while inactive."""
+        """The rows `[vectors, d]` in use: trained ones, or the initial ones while inactive; of a bank `[G, ...]`."""
         if not self.active:
-            return self._initial(encoder)
-        rows = self.factor(f"{_encoder(encoder)}:{self.token}")
+            return self._constant(f"initial_{encoder}")
+        rows = self._trained(encoder)
         return rows if self.learning else rows.detach()
 
-    def _initial(self, encoder: int) -> Tensor:
-        return self.get_buffer(f"initial_{encoder}")
+    def _trained(self, encoder: int) -> Tensor:
+        name = f"{_encoder(encoder)}:{self.token}"
+        return self.factor(name) if self._lent is None else self._lent[name]
+
+    def _constant(self, name: str) -> Tensor:
+        return self.get_buffer(name) if self._lent is None else self._lent[name]
 
     # ---- training ---------------------------------------------------------------------------------
 
@@ -173,20 +205,25 @@ class TokenEmbedding(Adapter):
     @torch.no_grad()
     def after_step(self) -> None:
         """Draw the rows to their wanted size, and locked rows back to where they were: weight decay moved them."""
-        for i, rows in enumerate(self.factors.values()):
-            rows[self.unlocked :] = self._initial(i)[self.unlocked :]
+        for i in range(len(self._sides)):
+            rows = self._trained(i)
+            rows[..., self.unlocked :, :] = self._constant(f"initial_{i}")[..., self.unlocked :, :]
             if self.norm != "free":
-                moving = rows[: self.unlocked]
-                size = moving.std() if self.norm == "deviation" else moving.norm(dim=1, keepdim=True)
-                wanted = self.get_buffer(f"wanted_{i}")[: self.unlocked]
+                moving = rows[..., : self.unlocked, :]
+                if self.norm == "deviation":
+                    size = moving.flatten(-2).std(dim=-1)[..., None, None]
+                else:
+                    size = moving.norm(dim=-1, keepdim=True)
+                wanted = self._constant(f"wanted_{i}")[..., : self.unlocked, :]
                 moving.mul_((wanted / size.clamp(min=torch.finfo(size.dtype).tiny)) ** self.norm_rate)
 
     def penalty(self) -> Tensor | None:
-        """λ·‖v - v_init‖², or None where λ is 0 or the rows rest."""
+        """λ·‖v - v_init‖², or None where λ is 0 or the rows rest; of a bank one for each adapter, `[G]`."""
         if not (self.init_weight and self.learning):
             return None
-        moved = [(rows - self._initial(i)).square().sum() for i, rows in enumerate(self.factors.values())]
-        return self.init_weight * torch.stack(moved).sum()
+        pairs = [(self._trained(i), self._constant(f"initial_{i}")) for i in range(len(self._sides))]
+        moved = [(rows - initial).square().sum(dim=(-2, -1)) for rows, initial in pairs]
+        return self.init_weight * torch.stack(moved).sum(dim=0)
 
     # ---- the protocol -----------------------------------------------------------------------------
 

@@ -208,11 +208,13 @@ class Base(nn.Module):
     def encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """VAE posterior of pixels `[B, 3, H, W]` in [-1, 1]: mean and standard deviation, fp32, unscaled.
 
+        A VAE in fp64 gives fp64.
+
         Raises:
             FloatingPointError: The VAE overflowed, as SDXL's does in fp16; load it in fp32 or bf16.
         """
         posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
-        mean, std = posterior.mean.float(), posterior.std.float()
+        mean, std = _at_least_fp32(posterior.mean), _at_least_fp32(posterior.std)
         if not bool(torch.isfinite(mean).all()):
             raise FloatingPointError(
                 f"the VAE of {self.source} gave non-finite latents in {self.vae.dtype}; "
@@ -245,7 +247,7 @@ class Base(nn.Module):
     def predict(
         self, z_t: Tensor, t: Tensor, conditioning: Conditioning, adapters: Sequence[Adapter] | None = None
     ) -> Tensor:
-        """The UNet's prediction for `z_t` `[B, C, h, w]` at `t` `[B]`, in `z_t`'s shape, fp32.
+        """The UNet's prediction for `z_t` `[B, C, h, w]` at `t` `[B]`, in `z_t`'s shape, fp32 (fp64 of a base in fp64).
 
         Args:
             adapters: Those to apply in this call; all others are off. None asks the untouched base.
@@ -259,7 +261,7 @@ class Base(nn.Module):
         dtype = self.dtype
         extra = self._added_conditioning(conditioning)
         out = self.unet(z_t.to(dtype), t, conditioning.states.to(dtype), added_cond_kwargs=extra, return_dict=False)
-        return out[0].float()
+        return _at_least_fp32(out[0])
 
     def _added_conditioning(self, conditioning: Conditioning) -> dict[str, Tensor] | None:
         return None
@@ -330,6 +332,10 @@ class StableDiffusionXL(Base):
         if conditioning.pooled is None or conditioning.time_ids is None:
             raise ValueError("SDXL needs pooled text states and time ids")
         return {"text_embeds": conditioning.pooled.to(self.dtype), "time_ids": conditioning.time_ids.to(self.device)}
+
+
+def _at_least_fp32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _pool_at_end_token(encoder: Any, tokenizer: Any) -> None:

@@ -17,6 +17,9 @@ from lit_personalize.errors import DataError, UsageError
 TINYWORLD = "tinyworld"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 """Endings of files that may run code when they are loaded; `litp import` alone reads weights out of them."""
+PART_LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
+"""That a `model_index.json` may name; the last is diffusers' own module of the safety checker."""
+TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -129,8 +132,28 @@ def index_of(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} has no model_index.json: it is not a diffusers pipeline directory")
     try:
         return dict(json.loads(index.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{index} is damaged ({error}); copy the diffusers directory again") from error
+
+
+def check_parts(path: Path) -> dict[str, Any]:
+    """The `model_index.json` of a directory whose parts are classes of diffusers and transformers, and none of its own.
+
+    Raises:
+        DataError: See `index_of`, or a part would be loaded by code that lies in the directory or somewhere else.
+    """
+    index = index_of(path)
+    parts: dict[str, Any] = {name: kind for name, kind in index.items() if isinstance(kind, list)}
+    if not isinstance(index.get("_class_name"), str):
+        parts["_class_name"] = index.get("_class_name")
+    for name, kind in parts.items():
+        library, made = kind if isinstance(kind, list) and len(kind) == 2 else (kind, None)
+        if not (library in PART_LIBRARIES and isinstance(made, str) or library is None and not isinstance(made, str)):
+            raise DataError(
+                f"{path / 'model_index.json'} has {name} made by {kind}; only classes of diffusers and transformers "
+                "are loaded, and no code of a directory's own: save the pipeline again without it"
+            )
+    return index
 
 
 def _is_xl(index: Mapping[str, Any]) -> bool:
@@ -141,7 +164,7 @@ def _parts_of_directory(
     path: Path, dtype: torch.dtype, vae_dtype: torch.dtype, part: Callable[..., nn.Module] | None = None
 ) -> dict[str, Any]:
     part = part or _load_part
-    listed = index_of(path)
+    listed = check_parts(path)
     wanted = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
     if _is_xl(listed):
         wanted += ["text_encoder_2", "tokenizer_2"]
@@ -165,16 +188,18 @@ def _forces_zeros(index: Mapping[str, Any]) -> bool:
     return _is_xl(index) and bool(index.get("force_zeros_for_empty_prompt", True))
 
 
-def _class_of(name: str, class_name: str) -> Any:
+def _class_of(path: Path, name: str, class_name: str) -> Any:
     import transformers
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
+    if class_name not in TEXT_ENCODERS:
+        raise DataError(f"base {path}: {name} is a {class_name}; supported are {' and '.join(TEXT_ENCODERS)}")
     return {"unet": UNet2DConditionModel, "vae": AutoencoderKL}.get(name) or getattr(transformers, class_name)
 
 
 def _build_part(path: Path, name: str, dtype: torch.dtype, class_name: str = "CLIPTextModel") -> nn.Module:
     """A part by its config, without weights, on the meta device."""
-    kind = _class_of(name, class_name)
+    kind = _class_of(path, name, class_name)
     try:
         with torch.device("meta"):
             if name in ("unet", "vae"):
@@ -186,7 +211,7 @@ def _build_part(path: Path, name: str, dtype: torch.dtype, class_name: str = "CL
 
 
 def _load_part(path: Path, name: str, dtype: torch.dtype, class_name: str = "CLIPTextModel") -> nn.Module:
-    kind = _class_of(name, class_name)
+    kind = _class_of(path, name, class_name)
     keyword = "torch_dtype" if name in ("unet", "vae") else "dtype"
     files = sorted((path / name).iterdir())
     weights = [p.name for p in files if p.suffix == ".safetensors"]
@@ -226,7 +251,7 @@ def _load_scheduler(path: Path) -> Any:
 def _parts_of_file(path: Path, folder: Path, dtype: torch.dtype, vae_dtype: torch.dtype) -> dict[str, Any]:
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-    index = index_of(folder)
+    index = check_parts(folder)
     kind = StableDiffusionXLPipeline if _is_xl(index) else StableDiffusionPipeline
     options: dict[str, Any] = {"config": str(folder), "local_files_only": True}
     try:

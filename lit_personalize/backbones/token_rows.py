@@ -58,7 +58,11 @@ class AddedRows:
         )
 
     def add(self, source: RowSource) -> None:
-        """Append a source of rows `[n, width]`; its ids follow those added before."""
+        """Append a source of rows `[n, width]`; its ids follow those added before.
+
+        A source may give `[G, n, width]`: then the first of G equal shares of the captions takes its first rows, and so
+        on (banks).
+        """
         self.sources.append(source)
 
     def hide(self, own: Iterable[int], hidden: Iterable[int]) -> None:
@@ -90,9 +94,13 @@ class AddedRows:
         ids, self._ids = self._ids, None
         if ids is None or not bool((ids >= self.first_id).any()):
             return states
-        rows = torch.cat([source().to(states) for source in self.sources])  # files' rows are on the CPU, in fp32
+        sources = [source().to(states) for source in self.sources]  # files' rows are on the CPU, in fp32
+        shares = max(len(rows) if rows.ndim == 3 else 1 for rows in sources)
+        rows_GNW = torch.cat([rows.expand(shares, -1, -1) for rows in sources], dim=1)
         added = ids >= self.first_id
         index = torch.where(added, ids - self.first_id, torch.zeros_like(ids))
-        if int(index.max()) >= len(rows):
-            raise IndexError(f"token id {int(ids.max())} has no row; {len(rows)} rows were added at {self.first_id}")
-        return torch.where(added[..., None], rows[index], states)
+        count = rows_GNW.shape[1]
+        if int(index.max()) >= count:
+            raise IndexError(f"token id {int(ids.max())} has no row; {count} rows were added at {self.first_id}")
+        first = torch.arange(shares, device=ids.device).repeat_interleave(len(ids) // shares) * count
+        return torch.where(added[..., None], rows_GNW.flatten(0, 1)[first[:, None] + index], states)

@@ -25,7 +25,10 @@ PLACES = {
     "metrics.csv": "loss and speed by step",
     "checkpoints": "resumable states",
 }
-EXPORTS = ("*.safetensors", "peft/*/adapter_model.safetensors", "pipeline/model_index.json")
+ALLOW_HELP = (
+    "package, module or class of your own that configurations may name, such as my_package: it is imported, which runs "
+    "its code. `pipe` lets them run commands as shards. May be repeated; LITP_ALLOW=A,B in the environment does it, too"
+)
 JSON_HELP = "print the result as one JSON object, and nothing else, to stdout; messages go to stderr"
 
 
@@ -76,6 +79,16 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help=JSON_HELP)
 
 
+def add_allow(parser: argparse.ArgumentParser) -> None:
+    """Add the option --allow of verbs that read a configuration; `allowed_by` gives it on."""
+    parser.add_argument("--allow", action="append", default=[], metavar="NAME", help=ALLOW_HELP)
+
+
+def allowed_by(options: argparse.Namespace) -> list[str]:
+    """The option --allow as `configuration.parse` takes it."""
+    return [f"--allow={name}" for name in options.allow]
+
+
 def task_of(text: str) -> tuple[int, int]:
     """Read "I/N", one of N shares of a piece of work; for argparse.
 
@@ -111,6 +124,7 @@ def report_run(folder: Path, as_json: bool) -> None:
 def run_report(folder: Path) -> dict[str, Any]:
     """Directory, newest whole checkpoint's step (0 if there is none), exports and other files of a run."""
     from lit_personalize.checkpoints import find_complete
+    from lit_personalize.run_state import EXPORTS
 
     found = find_complete(folder / "checkpoints")
     exports = [path for pattern in EXPORTS for path in sorted((folder / "exports").glob(pattern))]

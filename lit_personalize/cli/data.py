@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lit_personalize.cli.console import add_json, configure_logging, emit
+from lit_personalize.cli.console import add_allow, add_json, allowed_by, configure_logging, emit
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ def main(arguments: list[str]) -> int:
         verb = verbs.add_parser(name, help=text)
         verb.add_argument("-c", "--config", action="append", required=True, help="YAML file or recipe; may be repeated")
         add_json(verb)
+        add_allow(verb)
         default = Path("sheet.png" if name == "sheet" else "manifest.jsonl")
         verb.add_argument("-o", "--output", type=Path, default=default)
     verbs.add_parser("retrieve", help="find pictures for a regularization set in image-text shards", add_help=False)
@@ -64,7 +65,8 @@ def main(arguments: list[str]) -> int:
     from lit_personalize.configuration import instantiate, parse
 
     given = [part for config in options.config for part in ("-c", config)]
-    parser_, config = parse([*given, "--name", "data"])  # a configuration without a name has data, too
+    given += ["--name", "data"]  # a configuration without a name has data, too
+    parser_, config = parse([*given, *allowed_by(options)])
     model = config["model"].init_args
     del config["model"]  # reading pictures needs no weights
     data = instantiate(parser_, config).data

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lit_personalize.cli.console import add_device, add_json, configure_logging, report_run
+from lit_personalize.cli.console import add_allow, add_device, add_json, allowed_by, configure_logging, report_run
 
 
 def main(arguments: list[str]) -> int:
@@ -20,6 +20,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--max-rank", type=int, help="bound on their rank, before the other rules")
     parser.add_argument("--no-verify", action="store_true")
     add_json(parser)
+    add_allow(parser)
     add_device(parser)
     options = parser.parse_args(arguments)
     from lit_personalize.errors import DataError
@@ -32,7 +33,7 @@ def main(arguments: list[str]) -> int:
     from lit_personalize.fitting import export_run, name_initial_words
     from lit_personalize.run_directory import RunDirectory
 
-    parser_, config = parse(["-c", str(options.run / "config.yaml")])
+    parser_, config = parse(["-c", str(options.run / "config.yaml"), *allowed_by(options)])
     config.export.formats = options.formats
     given = {name: getattr(options, name) for name in ("max_error", "energy", "nuclear", "max_rank")}
     if any(given[name] is not None for name in ("max_error", "energy", "nuclear")):  # instead of the run's own rule

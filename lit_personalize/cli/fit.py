@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-from lit_personalize.cli.console import JSON_HELP, configure_logging, report_run
+from lit_personalize.cli.console import ALLOW_HELP, JSON_HELP, configure_logging, report_run
 from lit_personalize.errors import PreemptedError
 from lit_personalize.stop_signals import NOTICES, listen
 
@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> int:
         from lit_personalize.configuration import build_parser
 
         parser = build_parser()
-        parser.epilog = f"--json: {JSON_HELP}"
+        parser.epilog = f"--json: {JSON_HELP}. --allow NAME: {ALLOW_HELP}"
         parser.print_help()
         return 0
     give_back = listen(*NOTICES)  # imports take their time, and an unheard notice ends the process

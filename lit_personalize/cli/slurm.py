@@ -13,6 +13,7 @@ import yaml
 from lit_personalize.cli.console import JSON_HELP
 from lit_personalize.errors import UsageError
 from lit_personalize.recipe_files import recipe_path
+from lit_personalize.yaml_files import read_yaml
 
 ABOUT = f"""litp slurm render|submit [--profile NAME] [--slurm.KEY VALUE ...] [--json] ARGUMENTS OF litp fit
        litp slurm status [ROOT] [--json]
@@ -38,7 +39,7 @@ def main(arguments: list[str]) -> int:
     from lit_slurm.options import options_of, profile
     from lit_slurm.render import render
 
-    given = _Given([argument for argument in rest if argument != "--json"])
+    given = Given([argument for argument in rest if argument != "--json"])
     options = options_of(profile(given.profile) if given.profile else None, *given.sections, given.overrides)
     folder = jobs.folder_of(Path(given.root).absolute(), given.name)
     text = render(options, given.name, given.arguments, folder)
@@ -51,8 +52,12 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-class _Given:
-    """What belongs to the job, taken out of the arguments of `litp fit`."""
+class Given:
+    """What belongs to the job, taken out of the arguments of `litp fit`.
+
+    Raises:
+        UsageError: An option lacks its value, a file cannot be read, or the run has no name.
+    """
 
     def __init__(self, arguments: list[str]):
         self.arguments: list[str] = []
@@ -86,10 +91,7 @@ class _Given:
 
     def _read(self, name: str) -> None:
         path = recipe_path(name)
-        try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UsageError(f"{path} is not YAML: {error}") from error
+        found = read_yaml(path) or {}
         if not isinstance(found, dict):
             raise UsageError(f"{path} must hold options such as name: cat")
         self.sections.append(found.get("slurm"))
@@ -122,6 +124,7 @@ def _status(arguments: list[str]) -> int:
     from lit_personalize.cli.console import add_json, emit
     from lit_personalize.run_directory import RunDirectory
     from lit_slurm import jobs
+    from lit_slurm.render import names_task, of_task
 
     parser = argparse.ArgumentParser(prog="litp slurm status", description="List jobs that were submitted here.")
     parser.add_argument("root", type=Path, nargs="?", default=Path("runs"))
@@ -134,8 +137,8 @@ def _status(arguments: list[str]) -> int:
     rows = []
     for job in known:
         for state in now.get(job.job) or [jobs.State(job.job, "ended", "", 0, "")]:
-            run = job.run.replace("{task}", state.job.partition("_")[2]) if "_" in state.job else job.run
-            step = None if "{task}" in run else RunDirectory(options.root, run).newest_step()
+            run = of_task(job.run, state.job.partition("_")[2]) if "_" in state.job else job.run
+            step = None if names_task(run) else RunDirectory(options.root, run).newest_step()
             rows.append({"run": run, "step": step, **vars(state), "script": job.script})
     if options.json:
         emit({"jobs": rows}, True)

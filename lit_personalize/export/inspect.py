@@ -111,5 +111,5 @@ def _tokens(tensors: Mapping[str, Tensor], kind: str, metadata: Mapping[str, str
         return [n for n in tensors if n not in ("clip_l", "clip_g", "emb_params")]
     try:
         return [str(token) for token in json.loads(metadata.get("litp.tokens", "[]"))]
-    except ValueError:
+    except (ValueError, TypeError, RecursionError):
         return [metadata["litp.tokens"]]

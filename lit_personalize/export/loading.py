@@ -21,6 +21,7 @@ from lit_personalize.backbones.loading import PICKLES
 from lit_personalize.errors import DataError
 from lit_personalize.export import keys, rotations
 from lit_personalize.export.files import FORMAT_VERSION
+from lit_personalize.export.headers import refuse_repeated_names
 from lit_personalize.export.neurons import INDEX, VALUE, parse_neurons
 from lit_personalize.export.pickled import is_pickle
 
@@ -55,8 +56,9 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} is not a whole safetensors file: {error}") from error
+    refuse_repeated_names(path)
     version = metadata.get("litp.format_version", FORMAT_VERSION)
-    if not version.isdigit() or int(version) > int(FORMAT_VERSION):
+    if not version.isdecimal() or int(version) > int(FORMAT_VERSION):
         raise DataError(f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}; upgrade it")
     check_tensors(tensors, path)
     return tensors, metadata
@@ -130,7 +132,7 @@ def _step_of(metadata: Mapping[str, str]) -> str:
     """The training step at which a file was exported, or nothing."""
     try:
         return str(json.loads(metadata.get("litp.details", "{}")).get("steps", ""))
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return ""  # details are free text to other programs
 
 
@@ -360,7 +362,7 @@ def settings_of(metadata: Mapping[str, str], path: Path, component: str) -> dict
         if path.name == "adapter_model.safetensors" and config.exists():
             return {f"{component}.{k}": v for k, v in json.loads(config.read_text(encoding="utf-8")).items()}
         return dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: its adapter configuration is not JSON: {error}") from error
 
 

@@ -119,5 +119,5 @@ def _copy_part(source: Path, target: Path) -> bool:
         log.warning("%s is left out of the merged pipeline: it is missing, or only a pickle", source)
         return False
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*(f"*{ending}" for ending in PICKLES)))
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.py", *(f"*{ending}" for ending in PICKLES)))
     return True

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from lit_personalize.adapters.protocol import AdapterWeights
 from lit_personalize.backbones.base import Base
-from lit_personalize.backbones.loading import PICKLES
+from lit_personalize.backbones.loading import PICKLES, check_parts
 from lit_personalize.backbones.token_rows import row_names
 from lit_personalize.errors import VerificationError
 from lit_personalize.export import keys
 from lit_personalize.export.exporter import Exported
+from lit_personalize.export.headers import encoder_of
 from lit_personalize.export.inspect import kind_of
 from lit_personalize.export.loading import read_adapter, read_file
 from lit_personalize.export.picture import compare_merged, compare_pictures, place_embedding
@@ -83,7 +84,7 @@ def exported_of(paths: Sequence[Path]) -> list[Exported]:
             continue
         tensors, metadata = read_file(path / "adapter_model.safetensors" if path.is_dir() else path)
         kind = kind_of(tensors)
-        encoder = int(metadata["litp.encoder"]) if "litp.encoder" in metadata else None
+        encoder = encoder_of(metadata, path)
         if kind in ("peft", "oft") and not path.is_dir():
             path = path.parent
         found.append(Exported(path, kind, token=metadata.get("litp.token", ""), encoder=encoder))
@@ -335,8 +336,11 @@ def _check_pipeline(
     """Load a merged pipeline as any user would; with a reference, compare every weight and a picture."""
     from diffusers import DiffusionPipeline
 
+    check_parts(item.path)
     try:
-        pipe = DiffusionPipeline.from_pretrained(item.path, local_files_only=True, use_safetensors=True)
+        pipe = DiffusionPipeline.from_pretrained(
+            item.path, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise VerificationError(f"{item.path}: the stock client does not load it: {error}") from error
     pipe.set_progress_bar_config(disable=True)

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from lit_personalize.errors import DataError
+from lit_personalize.errors import DataError, UsageError
 from lit_personalize.export.inspect import inspect_file
 from lit_personalize.recipe_files import title_of
 from lit_personalize.run_directory import RunDirectory
+from lit_personalize.yaml_files import read_yaml
 
 PEFT = "peft/*/adapter_model.safetensors"
 FILES = ("*.safetensors", "textual_inversion/*.safetensors", PEFT, "adapter_config.json", "peft/*/adapter_config.json")
@@ -138,7 +137,7 @@ def card_of(source: Path) -> Card:
             _read_verification(card)
         if (source / "config.yaml").is_file():
             _read_run(card, RunDirectory(source.parent, source.resolve().name))
-    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UsageError) as error:
         raise DataError(f"the record of {source} cannot be read: {error!r}") from error
     return card
 
@@ -147,7 +146,7 @@ def _recipe_in(details: str) -> str:
     """The recipe that a file of ours says it came from; details are free text to other programs."""
     try:
         return str(json.loads(details).get("recipe", ""))
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return ""
 
 
@@ -160,7 +159,7 @@ def _read_verification(card: Card) -> None:
 
 def _read_run(card: Card, run: RunDirectory) -> None:
     """Method, base, prompts and newest samples from what the run recorded."""
-    config: dict[str, Any] = yaml.safe_load((card.source / "config.yaml").read_text(encoding="utf-8"))
+    config: dict[str, Any] = read_yaml(card.source / "config.yaml")
     options: dict[str, Any] = config["model"]["init_args"]
     adapters = [_short(adapter["class_path"]) for adapter in options.get("adapters") or []]
     what_trained = f"{' + '.join(adapters)} by {_short(config['model']['class_path'])}"
@@ -177,12 +176,24 @@ def _read_run(card: Card, run: RunDirectory) -> None:
         record = json.loads(records[-1].read_text(encoding="utf-8"))
         card.step, seeds = int(record["step"]), record["seeds"]
         asked = [(prompt, seed) for prompt in record["prompts"] for seed in seeds]
-        paths = [records[-1].parent / name for name in record["pictures"]]
+        paths = [_within(records[-1].parent, name) for name in record["pictures"]]
         card.samples = [Sample(p, *a) for p, a in zip(paths, asked, strict=True) if p.is_file()]
     readme = card.source / "README.md"
     if readme.is_file():
         code = re.search(r"^```python\n(.*?)^```", readme.read_text(encoding="utf-8"), re.M | re.S)
         card.loading = code[1].strip() if code else ""
+
+
+def _within(folder: Path, name: str) -> Path:
+    """A file of a folder: what a page shows and copies may not lie elsewhere, by its name or by a link.
+
+    Raises:
+        ValueError: It does.
+    """
+    path = folder / name
+    if path.parent != folder or path.resolve().parent != folder.resolve():
+        raise ValueError(f"the picture {name!r} lies outside {folder}")
+    return path
 
 
 def _short(class_path: str) -> str:

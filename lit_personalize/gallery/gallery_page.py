@@ -12,6 +12,7 @@ from PIL import Image
 
 from lit_personalize.gallery.cards import Card
 from lit_personalize.gallery.pages import write_page
+from lit_personalize.run_state import natural
 
 
 def write_gallery(cards: Sequence[Card], folder: Path, title: str = "Adapters", files: bool = True) -> Path:
@@ -23,7 +24,7 @@ def write_gallery(cards: Sequence[Card], folder: Path, title: str = "Adapters", 
     folder.mkdir(parents=True, exist_ok=True)
     shown = [_shown(card, folder, place, files) for card, place in zip(cards, places_of(cards), strict=True)]
     facets = {
-        key: sorted({item[key] for item in shown if item[key]}, key=_natural) for key in ("method", "base", "rank")
+        key: sorted({item[key] for item in shown if item[key]}, key=natural) for key in ("method", "base", "rank")
     }
     return write_page(folder / "index.html", "gallery.html", title=title, cards=shown, facets=facets)
 
@@ -47,7 +48,7 @@ def _shown(card: Card, folder: Path, place: str, files: bool) -> dict[str, Any]:
     for number, sample in enumerate(card.samples):
         target = folder / place / f"sample-{number:02d}{sample.path.suffix}"
         _copy(sample.path, target)
-        with Image.open(target) as opened:
+        with Image.open(target, formats=("PNG", "JPEG", "WEBP")) as opened:
             side = opened.width
         pictures.append({"file": f"{place}/{target.name}", "prompt": sample.prompt, "seed": sample.seed, "side": side})
     offered = []
@@ -74,8 +75,3 @@ def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.resolve() != target.resolve():
         shutil.copyfile(source, target)
-
-
-def _natural(text: str) -> list[tuple[int, str]]:
-    """Sorts 4 before 16."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text) if part]

@@ -63,9 +63,9 @@ class CaptionEncoder:
 
     def _picture(self, path: str | Path) -> np.ndarray:
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
                 pixels = self.clip.processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"cannot read picture {path}: {error}") from error
         inputs = pixels.to(self.clip.model.device, self.dtype)
         return _unit(projected(self.clip.model.get_image_features(pixel_values=inputs)))

@@ -15,7 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lit_personalize.backbones.loading import PICKLES
 from lit_personalize.errors import DataError, UsageError
+
+AS_SAFETENSORS = "where you trust it, load it once in transformers and save_pretrained it as .safetensors"
 
 
 def clip_directory(path: str | Path | None, base: str) -> Path:
@@ -49,11 +52,20 @@ def directory(path: str | Path, what: str, config: str = "config") -> Path:
 
 
 def load_local(kind: Any, folder: Path, **options: Any) -> Any:
-    """`kind.from_pretrained` without the network.
+    """`kind.from_pretrained` without the network, without code of the directory's own and without pickles.
 
     Raises:
         DataError: The directory holds something else.
     """
+    if hasattr(kind, "config_class") or kind.__name__ == "AutoModel":  # a model, and no tokenizer or processor
+        files = sorted(path.name for path in folder.iterdir())
+        pickled = [name for name in files if name.endswith(PICKLES)]
+        if pickled and not any(name.endswith(".safetensors") for name in files):
+            place = folder / pickled[0]
+            raise DataError(f"{place} is a pickle, which may run code, so it is not read; {AS_SAFETENSORS}")
+        options["use_safetensors"] = True
+    if kind.__name__.startswith("Auto"):
+        options["trust_remote_code"] = False  # else a terminal is asked
     try:
         return kind.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, ValueError) as error:

@@ -19,6 +19,7 @@ from lit_personalize.batch import Batch, Role
 from lit_personalize.errors import UsageError
 from lit_personalize.objectives.objective import Loss, Objective, OptimizerFactory, SchedulerFactory
 from lit_personalize.objectives.text_states import StateStore, TextStates
+from lit_personalize.randomness import Counter
 
 
 class Denoising(Objective):
@@ -94,12 +95,14 @@ class Denoising(Objective):
 
     # ---- drawing ----------------------------------------------------------------------------------
 
-    def _positions(self, batch: Batch) -> list[int]:
-        return batch.position.tolist()
+    def _key(self, purpose: str, batch: Batch, step: int) -> tuple[Counter, str, Counter, list[int]]:
+        """What keys the draws of a batch: its samples' own seeds and steps, or those of this training."""
+        seed: Counter = self.seed if batch.seed is None else batch.seed.tolist()
+        return seed, purpose, step if batch.step is None else batch.step.tolist(), batch.position.tolist()
 
     def noise(self, purpose: str, shape: Sequence[int], batch: Batch, step: int) -> Tensor:
         """Normal draws `[B, *shape]` keyed by (seed, purpose, step, position), on the batch's device."""
-        return randomness.normal(shape, self.seed, purpose, step, self._positions(batch)).to(batch.device)
+        return randomness.normal(shape, *self._key(purpose, batch, step)).to(batch.device)
 
     def latents(self, batch: Batch, step: int) -> Tensor:
         """A draw from the VAE posterior, scaled for the UNet: `[B, C, h, w]`."""
@@ -112,7 +115,7 @@ class Denoising(Objective):
     def draw_timesteps(self, batch: Batch, step: int) -> Tensor:
         """t ~ U{low, ..., high - 1} for every sample, int64 `[B]`; all timesteps of the schedule by default."""
         low, high = self.timesteps or (0, len(self.built.schedule))
-        return randomness.integers(low, high, self.seed, "timestep", step, self._positions(batch)).to(batch.device)
+        return randomness.integers(low, high, *self._key("timestep", batch, step)).to(batch.device)
 
     def draw_noise(self, z: Tensor, batch: Batch, step: int) -> Tensor:
         """ε ~ N(0, I) in the shape of `z` `[B, C, h, w]`, plus k·n with n ~ N(0, 1) `[B, C, 1, 1]` (noise offset)."""
@@ -136,7 +139,7 @@ class Denoising(Objective):
         ids = cast(tuple[Tensor, ...], batch.input_ids)
         drop: Tensor | None = None
         if self.caption_dropout:
-            draws = randomness.uniform(self.seed, "caption-dropout", step, self._positions(batch)).to(batch.device)
+            draws = randomness.uniform(*self._key("caption-dropout", batch, step)).to(batch.device)
             drop = draws < self.caption_dropout
             blank = [empty.to(batch.device) for empty in base.tokenize([""])]
             ids = tuple(torch.where(drop[:, None], e, i) for e, i in zip(blank, ids, strict=True))
@@ -160,8 +163,9 @@ class Denoising(Objective):
     # ---- the loss ---------------------------------------------------------------------------------
 
     def sample_weights(self, batch: Batch) -> Tensor:
-        """Weights `[B]` of the reduction: the mean over the batch."""
-        return torch.full((len(batch),), 1.0 / len(batch), device=batch.device)
+        """Weights `[B]` of the reduction: the mean over the batch, or over each slot of a bank."""
+        everyone = torch.ones(len(batch), dtype=torch.bool, device=batch.device)
+        return 1.0 / batch.count_in_slot(everyone)
 
     def loss(self, batch: Batch, step: int) -> Loss:
         """Per-sample denoising losses with the draws of `step`."""

@@ -8,15 +8,16 @@ from __future__ import annotations
 import logging
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
 import lit_kernels
+from lit_kernels.patching import Operator
 from lit_personalize import sharding
 from lit_personalize.adapters.protocol import Adapter
 from lit_personalize.backbones.base import Base
@@ -151,13 +152,16 @@ class Objective(pl.LightningModule):
         """The groups of every adapter, in order."""
         return [group for adapter in self.trained for group in adapter.parameter_groups()]
 
-    def build_optimizer(self) -> torch.optim.Optimizer:
+    def build_optimizer(self, groups: Sequence[dict[str, Any]] | None = None) -> torch.optim.Optimizer:
         """A new optimizer over all groups, each at its own learning rate.
+
+        Args:
+            groups: Other ones than `parameter_groups`.
 
         Raises:
             UsageError: A group asks for a multiple of a learning rate that the optimizer chooses by itself.
         """
-        optimizer = self.optimizer_factory(self.parameter_groups())
+        optimizer = self.optimizer_factory(self.parameter_groups() if groups is None else groups)
         for group in optimizer.param_groups:
             ratio = group.pop("lr_ratio", None)
             if ratio is not None and group["lr"] is None:
@@ -184,7 +188,7 @@ class Objective(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Count the optimizer steps of the whole training, of which adapters take their shares; fuse the UNet."""
-        self.fuse(self.device.type)
+        self.fuse_kernels()
         if self.replicated:
             optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
             sharding.gather_states(optimizer, (p for adapter in self.replicated for p in adapter.factors.values()))
@@ -205,12 +209,16 @@ class Objective(pl.LightningModule):
                 )  # fmt: skip
         self._spans = spans
 
-    def fuse(self, device: str) -> None:
-        """Put the operators of `lit_kernels` into the UNet, where `kernels` says so.
+    def fuse_kernels(self, ops: Literal["auto"] | Sequence[Operator] = "auto", device: str | None = None) -> None:
+        """Put these operators of `lit_kernels`, or all, into the UNet, where `kernels` says so.
+
+        Args:
+            device: Type of the device that it trains on; by default the one where it is.
 
         Raises:
             UsageError: They do not go with this training.
         """
+        device = device or self.device.type
         unet = self.built.unet
         lit_kernels.unpatch(unet)
         if self.kernels == "off" or (self.kernels == "auto" and device != "cuda"):
@@ -221,10 +229,10 @@ class Objective(pl.LightningModule):
             log.info("kernels: off, since the base is sharded")
             return
         try:
-            made = lit_kernels.patch(unet, backend=cast(lit_kernels.Backend, self.kernels))
+            made = lit_kernels.patch(unet, ops, backend=cast(lit_kernels.Backend, self.kernels))
         except ValueError as error:
             raise UsageError(f"kernels: {self.kernels}: {error}; kernels: off trains without them") from error
-        fused = [*made.layers["bank_lora"], *(f"{n}.to_{p}" for n in made.layers["text_kv"] for p in "kv")]
+        fused = [*made.layers["bank_lora"], *(f"{n}.to_{p}" for n in made.layers.get("text_kv", ()) for p in "kv")]
         for adapter in self.trained:
             adapter.leave_rounding_to([f"unet.{name}" for name in fused if name not in made.left])
         log.info("kernels: %s", str(made).replace("\n", "; "))
@@ -383,6 +391,9 @@ def _only_what_trains(module: Any, state: dict[str, Any], prefix: str, metadata:
     """Leave the frozen base out of a state dict."""
     for key in [k for k in state if k.startswith(f"{prefix}base.") and k.removeprefix(prefix) not in module.placed]:
         del state[key]
+    versions = getattr(state, "_metadata", {})
+    for path in [path for path in versions if path == f"{prefix}base" or path.startswith(f"{prefix}base.")]:
+        del versions[path]
 
 
 def rates_of(optimizer: torch.optim.Optimizer) -> dict[str, float]:

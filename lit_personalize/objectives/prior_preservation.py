@@ -37,10 +37,11 @@ class PriorPreservation(Denoising):
 
     def sample_weights(self, batch: Batch) -> Tensor:
         instance = batch.where(Role.INSTANCE)
-        if not bool(instance.any()):
+        counted = batch.count_in_slot(instance)
+        if not bool(counted.all()):
             raise ValueError("a batch for prior preservation has no instance sample")
-        weights = instance / instance.sum()
+        weights = instance / counted
         for role in (Role.PRIOR, Role.REPLAY):
             members = batch.where(role)
-            weights = weights + self.prior_weight * members / members.sum().clamp(min=1)
+            weights = weights + self.prior_weight * members / batch.count_in_slot(members).clamp(min=1)
         return weights.to(torch.float32)

@@ -57,7 +57,7 @@ def measure(method: str, steps: int, cache: Path) -> dict[str, Any]:
         work, entry = Path(folder), METHODS[method]
         learned = prepare(work, SUBJECTS_FOR_SCIENCE[0], SEEDS[0], entry, cache)
         times = work / "times.json"
-        callback = json.dumps([{"class_path": f"{__name__}.StepTimes", "init_args": {"path": str(times)}}])
+        callback = json.dumps([{"class_path": f"{__spec__.name}.StepTimes", "init_args": {"path": str(times)}}])
         run = train(work, "cost", entry, [learned], SEEDS[0], steps, ("--trainer.callbacks", callback))
         files = [path for path in run.exports.rglob("*") if path.suffix == ".safetensors"]
         found = json.loads(times.read_text(encoding="utf-8"))

@@ -19,6 +19,7 @@ from lit_personalize.report.combination_tables import page as combined
 from lit_personalize.report.combinations import SUBJECT_IN_STYLE, TWO_SUBJECTS
 from lit_personalize.report.kernel_page import kernel_tables
 from lit_personalize.report.measures import OPTIONS
+from lit_personalize.report.reliability import reliability_tables
 from lit_personalize.report.science import METHODS, SEEDS, load_cells
 from lit_personalize.report.sheets import sheets
 from lit_personalize.report.tables import (
@@ -184,6 +185,8 @@ def pages(docs: Path, cells: Cells, fingerprint: str) -> dict[Path, str]:
     blocks |= {f"methods/{name}": combined_excerpt(cells, kind) for name, kind in COMBINED.items()}
     if (results := docs.parent / "kernels/benchmarks/results").is_dir():
         blocks["kernels"] = kernel_tables(results)
+    if (benchmarks := docs.parent / "benchmarks").is_dir():
+        blocks["reliability"] = reliability_tables(benchmarks)
     for name, measured in blocks.items():
         path = docs / f"{name}.md"
         text = path.read_text(encoding="utf-8")

@@ -8,7 +8,6 @@ stages; each gets a fixed share of it and cools its learning rate down as its sh
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import shutil
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from lit_personalize.errors import UsageError
-from lit_personalize.tinyworld.dataset import Pictures, sample_pictures
+from lit_personalize.tinyworld.dataset import Pictures, kept_pictures, sample_pictures
 from lit_personalize.tinyworld.training import Log
 
 VERSION = "tinyworld-v1"
@@ -49,15 +48,11 @@ def seconds_of(budget: str) -> float:
 
 def training_pictures(folder: Path, options: BuildOptions) -> Pictures:
     """Render the base's training set once and keep it in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pixels, scenes = folder / "pictures.npy", folder / "scenes.pkl"
-    if not (pixels.exists() and scenes.exists()):
-        made = sample_pictures(options.pictures, options.seed, processes=options.processes)
-        np.save(pixels, made.pixels)
-        with scenes.open("wb") as stream:  # our own intermediate file, read back only by this function
-            pickle.dump(made.scenes, stream)
-    with scenes.open("rb") as stream:
-        return Pictures(np.load(pixels), pickle.load(stream))
+
+    def draw() -> Pictures:
+        return sample_pictures(options.pictures, options.seed, processes=options.processes)
+
+    return kept_pictures(folder / "pictures.npy", folder / "scenes.jsonl", draw)
 
 
 def build(

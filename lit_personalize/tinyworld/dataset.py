@@ -7,7 +7,7 @@ import itertools
 import json
 import multiprocessing
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -61,6 +61,25 @@ def sample_pictures(
     else:
         parts = [_render_chunk(task) for task in tasks]
     return Pictures(np.concatenate([p for p, _ in parts]), [s for _, scenes in parts for s in scenes])
+
+
+def kept_pictures(pixels: Path, scenes: Path, make: Callable[[], Pictures], mapped: bool = False) -> Pictures:
+    """Pictures that lie in two files, made and written there first if they do not.
+
+    Args:
+        pixels: `.npy` file.
+        scenes: JSON, one scene a line.
+        mapped: Read pixels from the disk as they are asked for.
+    """
+    if not (pixels.exists() and scenes.exists()):
+        made = make()
+        pixels.parent.mkdir(parents=True, exist_ok=True)
+        np.save(pixels, made.pixels)
+        with scenes.open("w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(scene.to_dict()) + "\n" for scene in made.scenes)
+    with scenes.open(encoding="utf-8") as stream:
+        told = [Scene.from_dict(json.loads(line)) for line in stream]
+    return Pictures(np.load(pixels, mmap_mode="r" if mapped else None), told)
 
 
 def write_folder(pictures: Pictures, folder: Path, seed: int = 0) -> None:

@@ -7,7 +7,6 @@ too, so that it can judge what personalization has taught; damaged pictures teac
 from __future__ import annotations
 
 import json
-import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from lit_personalize.errors import UsageError
 from lit_personalize.tinyworld import vocabulary as v
 from lit_personalize.tinyworld.attributes import HEADS, Reading, class_indices, targets
 from lit_personalize.tinyworld.damage import damaged, disturb
-from lit_personalize.tinyworld.dataset import Pictures
+from lit_personalize.tinyworld.dataset import Pictures, kept_pictures
 from lit_personalize.tinyworld.render import render
 from lit_personalize.tinyworld.scene import Kind, sample_scene
 from lit_personalize.tinyworld.training import Log, Stage, run_stage
@@ -144,9 +143,8 @@ def to_unit(pixels: np.ndarray) -> Tensor:
 
 def reader_pictures(folder: Path, counts: dict[Kind, int] | None = None, seed: int = 77) -> Pictures:
     """Render pictures of all attributes and both splits once, and keep them in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pixels, scenes = folder / "reader_pixels.npy", folder / "reader_scenes.pkl"
-    if not (pixels.exists() and scenes.exists()):
+
+    def draw() -> Pictures:
         drawn = []
         for index, (kind, count) in enumerate((counts or COUNTS).items()):
             rng = np.random.default_rng([seed, index])
@@ -155,11 +153,9 @@ def reader_pictures(folder: Path, counts: dict[Kind, int] | None = None, seed: i
                 part = [replace(s, style=v.ALL_STYLES[1 + i % (len(v.ALL_STYLES) - 1)]) if i < STYLED_OBJECTS else s
                         for i, s in enumerate(part)]  # fmt: skip
             drawn += part
-        np.save(pixels, np.stack([render(scene) for scene in drawn]))
-        with scenes.open("wb") as stream:  # our own intermediate file, read back only by this function
-            pickle.dump(drawn, stream)
-    with scenes.open("rb") as stream:
-        return Pictures(np.load(pixels, mmap_mode="r"), pickle.load(stream))
+        return Pictures(np.stack([render(scene) for scene in drawn]), drawn)
+
+    return kept_pictures(folder / "reader_pixels.npy", folder / "reader_scenes.jsonl", draw, mapped=True)
 
 
 def training_batch(

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lit_slurm.render import TASK
+from lit_slurm.render import of_task
 
 FOLDER = "slurm"
 RECORD = "jobs.jsonl"
@@ -47,7 +47,7 @@ class State:
 
 def folder_of(root: Path, run: str) -> Path:
     """Where a run's job scripts and logs are: beside the runs, since an array has many of them."""
-    return root / FOLDER / run.replace(TASK, "task")
+    return root / FOLDER / of_task(run, "task")
 
 
 def write(text: str, folder: Path) -> Path:

@@ -12,7 +12,18 @@ from lit_slurm.options import OptionError, Options
 
 TEMPLATE = Path(__file__).parent / "templates" / "fit.sbatch"
 TASK = "{task}"
-"""Stands for the index of an array's task in the run's name and in any other argument."""
+"""Stands for the index of an array's task in the run's name and in any other argument; `{task:03}` has three digits."""
+_TASK = re.compile(r"\{task(?::0(\d))?\}")
+
+
+def of_task(text: str, index: int | str) -> str:
+    """A name or argument as one task of an array has it."""
+    return _TASK.sub(lambda found: str(index).zfill(int(found[1] or 0)), text)
+
+
+def names_task(text: str) -> bool:
+    """Whether each task of an array has another one."""
+    return _TASK.search(text) is not None
 
 
 def render(options: Options, name: str, arguments: Sequence[str], logs: Path | str = ".") -> str:
@@ -26,9 +37,9 @@ def render(options: Options, name: str, arguments: Sequence[str], logs: Path | s
     Raises:
         OptionError: An array of one run, or "{task}" without an array.
     """
-    if options.array and TASK not in name:
+    if options.array and not names_task(name):
         raise OptionError(f"slurm.array starts several runs: put {TASK} into the run's name, such as {name}-{TASK}")
-    if not options.array and any(TASK in argument for argument in arguments):
+    if not options.array and any(map(names_task, arguments)):
         raise OptionError(f"{TASK} is the index of an array's task: give slurm.array, such as 0-7")
     tasks = max(options.gpus, 1)
     shape = [f"--trainer.num_nodes={options.nodes}", f"--trainer.devices={tasks}"]
@@ -48,7 +59,7 @@ def render(options: Options, name: str, arguments: Sequence[str], logs: Path | s
 
 
 def _directives(options: Options, name: str, logs: Path | str, tasks: int) -> list[str]:
-    label = re.sub(r"[^A-Za-z0-9_.-]+", "-", name.replace(TASK, "")).strip("-") or "litp"
+    label = re.sub(r"[^A-Za-z0-9_.-]+", "-", _TASK.sub("", name)).strip("-") or "litp"
     lines = [
         f"--job-name={label}", "--export=NONE", "--open-mode=append",
         f"--output={logs}/{'%A_%a' if options.array else '%j'}.log",
@@ -71,4 +82,11 @@ def _directives(options: Options, name: str, logs: Path | str, tasks: int) -> li
 
 def _argument(argument: str) -> str:
     """Quoted for the shell, but for the array's index."""
-    return '"$SLURM_ARRAY_TASK_ID"'.join(shlex.quote(part) if part else "" for part in argument.split(TASK)) or "''"
+    parts, end = [], 0
+    for found in _TASK.finditer(argument):
+        index = f'$(printf %0{found[1]}d "$SLURM_ARRAY_TASK_ID")' if found[1] else "$SLURM_ARRAY_TASK_ID"
+        before = argument[end : found.start()]
+        parts += [shlex.quote(before) if before else "", f'"{index}"']
+        end = found.end()
+    rest = argument[end:]
+    return "".join([*parts, shlex.quote(rest) if rest else ""]) or "''"

@@ -7,9 +7,12 @@ import json
 import multiprocessing
 import os
 import signal
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
+from file_modes import modes_bind
 
 from lit_personalize import checkpoints
 from lit_personalize.checkpoints import MARK, PublishError, directory, find_best, find_complete, publish, published
@@ -157,3 +160,42 @@ def test_the_best_is_the_one_named_and_whole(three: Path) -> None:
     assert find_best(three) is None
     (three / "best").write_text("")
     assert find_best(three) is None
+
+
+def test_what_is_left_of_killed_saves_is_told(three: Path) -> None:
+    checkpoints.stage(three, 40)
+    flip(directory(three, 20) / "state.ckpt")
+    (directory(three, 10) / MARK).unlink()
+    assert checkpoints.unfinished(three) == [40]
+    assert [reason.partition(":")[0] for reason in checkpoints.damaged(three)] == ["step-00000020", "step-00000010"]
+
+
+def test_a_clock_that_goes_back_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the newest nor what is pruned is told from times, those of files or those noted."""
+
+    class Backwards(datetime):
+        years = iter(range(2030, 2000, -1))
+
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime(next(cls.years), 1, 1, tzinfo=tz)
+
+    monkeypatch.setattr(checkpoints, "datetime", Backwards)
+    for step in (10, 20, 30):
+        path = publish(tmp_path, step, fill)
+        for file in (path, *path.rglob("*")):
+            os.utime(file, (2e9 - 1e7 * step,) * 2)
+    noted = [json.loads((path / MARK).read_text())["time"] for _, path in published(tmp_path)]
+    assert noted == sorted(noted, reverse=True) and noted[0].startswith("2030")
+    found = find_complete(tmp_path)
+    assert found is not None and found.step == 30
+    assert checkpoints.prune(tmp_path, keep_last=1) == [10, 20]
+
+
+def test_what_cannot_be_removed_stays_whole(three: Path) -> None:
+    """A folder that turns read-only after a save."""
+    for step in (10, 20, 30):
+        directory(three, step).chmod(0o555)
+    with modes_bind():
+        assert checkpoints.prune(three, keep_last=1) == [10, 20]
+        assert [find.step for find in (find_complete(three),) if find] == [30] and len(published(three)) == 3

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lit_personalize.configuration import instantiate, parse, resolved_text
+from lit_personalize.errors import UsageError
 from lit_personalize.list_replacement import replace_lists
 from lit_personalize.recipe_files import RECIPES, title_of
 
@@ -142,3 +143,21 @@ def test_a_method_is_called_as_its_recipe_calls_it() -> None:
     titles = {"custom_diffusion": "Custom Diffusion", "dreambooth_lora": "DreamBooth with LoRA", "b_lora": "B-LoRA"}
     assert {method: title_of(method) for method in titles} == titles
     assert [title_of(other) for other in ("ours", "", "..", "hardware")] == ["ours", "", "..", "hardware"]
+
+
+def test_one_entry_of_a_list_is_changed_by_its_place(first: str) -> None:
+    ranks = "--model.init_args.adapters.0.init_args"
+    _, config = parse(["-c", "lora/tinyworld", "-c", first, f"{ranks}.rank=9", f"{ranks}.lr", "1e-4"])
+    (adapter,) = config.model.init_args.adapters
+    assert (adapter.init_args.rank, adapter.init_args.alpha, adapter.init_args.lr) == (9, 3, 1e-4)
+    _, config = parse([f"{ranks}.rank=9", "-c", "lora/tinyworld", "-c", first, "--data.init_args.concepts.0.path=b"])
+    assert config.data.init_args.concepts[0].path == "b" and config.data.init_args.concepts[0].class_noun == "cat"
+    for wrong, said in (
+        (f"{ranks}.rnk=9", "unknown key 'rnk'; did you mean 'rank'"),
+        (f"{ranks}.rank=many", "rank.* must be int"),
+        ("--model.init_args.adapters.1.init_args.rank=9", "adapters has 1 entries, counted from 0"),
+        ("--trainer.max_steps.0=9", "trainer.max_steps is no list"),
+        (f"{ranks}.rank", "needs a value"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            parse(["-c", "lora/tinyworld", "-c", first, wrong])

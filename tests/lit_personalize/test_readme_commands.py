@@ -34,7 +34,7 @@ class Shown:
     leaves: tuple[str, ...] = ()
 
 
-TINY = "--data.init_args.resolution 32 --sampling.steps 2 --trainer.max_steps 2"
+TINY = "--data.init_args.resolution 32 --sampling.steps 2 --trainer.max_steps 2 --trainer.log_every_n_steps 1"
 TABLE = {
     "litp init --images photos --class-noun dog --base /models/stable-diffusion-v1-5 -o dog.yaml": Shown(
         "--regularization 4", ("dog.yaml",)
@@ -48,6 +48,10 @@ TABLE = {
     ),
     "litp plan -c dog.yaml --memory 24": Shown("--data.init_args.resolution 32"),
     "litp slurm render -c dog.yaml": Shown(),
+    "litp sweep -c dog.yaml --name rates "
+    "--over model.init_args.optimizer.init_args.lr=1e-5,3e-5 --over seed=0..2": Shown("--dry-run"),
+    "litp runs compare --by loss --html compare.html": Shown(leaves=("compare.html",)),
+    "litp prefetch -c dog.yaml --to bundle": Shown(leaves=("bundle/run.yaml", "bundle/prefetch.json")),
     'litp sample "a <new1> dog on the beach" --base /models/stable-diffusion-v1-5 --adapter runs/photos': Shown(
         "--steps 2", ("samples/grid.png", "samples/index.html")
     ),
@@ -169,7 +173,7 @@ def test_make_test_calls_pytest(tmp_path: Path) -> None:
 
 def test_make_science_measures_and_then_writes_the_pages(tmp_path: Path) -> None:
     words = called_by("make science", tmp_path)
-    assert words[-1] == "$status" and words[words.index("-m") + 1] == "lit_personalize.report.pages"
+    assert words[-1] == "status))" and words[words.index("-m") + 1] == "lit_personalize.report.pages"
     assert science.main(["--budget", "0m", "--jobs", "1", "--out", str(tmp_path / "cells")]) == 0
     assert not list((tmp_path / "cells").iterdir()), "no time, no cell"
 

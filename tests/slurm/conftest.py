@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine, for the time of the tests: private ports, key and folder, no root needed.
+"""A real Slurm of four nodes on this machine, for the time of the tests: private ports, key and folder, no root needed.
 
 Where the packages are missing (Debian: slurmctld slurmd slurm-client munge), tests that ask for it skip, and fail where
 `LITP_REQUIRE=slurm` says so.
@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,8 +20,10 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))  # `box_runs`; `hold_at` for the runs that tests start
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol")
-NODES = 2
+NODES = 4
 CONFIGURATION = """
 ClusterName=box
 SlurmctldHost=localhost(127.0.0.1)
@@ -52,15 +55,15 @@ KillWait=5
 MinJobAge=300
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=n[1-{nodes}] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=2
+NodeName=n[1-{nodes}] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=4
 PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=5
 PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=9 PreemptMode=OFF
 """
 
 
 @pytest.fixture(scope="session")
-def slurm_box() -> Iterator[None]:
-    """Start the cluster, point `SLURM_CONF` at it, and end its daemons afterwards."""
+def slurm_box() -> Iterator[Path]:
+    """Start the cluster, point `SLURM_CONF` at it, and end its daemons afterwards; the folder has their pids."""
     path = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
     if missing := [name for name in PROGRAMS if shutil.which(name, path=path) is None]:
         pytest.skip(f"Slurm is not installed here: no {', '.join(missing)}")
@@ -70,7 +73,7 @@ def slurm_box() -> Iterator[None]:
     key = folder / "key"
     key.touch(0o600)
     key.write_bytes(os.urandom(1024))
-    port = 20000 + 4 * os.getpid() % 10000
+    port = 20000 + 8 * os.getpid() % 10000
     text = CONFIGURATION.format(
         folder=folder, user=getpass.getuser(), nodes=NODES, port=port, first=port + 1, last=port + NODES
     )
@@ -84,13 +87,14 @@ def slurm_box() -> Iterator[None]:
             _run("munged", f"--key-file={key}", f"--socket={folder}/munge.sock", f"--pid-file={folder}/munge.pid",
                  f"--log-file={folder}/munge.log", f"--seed-file={folder}/seed")  # fmt: skip
             _run("slurmctld")
-            for number in range(1, NODES + 1):
-                _run("slurmd", "-N", f"n{number}")
+            nodes = [f"n{number}" for number in range(1, NODES + 1)]
+            for node in nodes:
+                _run("slurmd", "-N", node)
             until = time.monotonic() + 60
-            while _run("sinfo", "-hN", "-p", "low", "-t", "idle", "-o", "%N").split() != ["n1", "n2"]:
+            while _run("sinfo", "-hN", "-p", "low", "-t", "idle", "-o", "%N").split() != nodes:
                 assert time.monotonic() < until, (folder / "ctld.log").read_text()[-2000:]
                 time.sleep(0.1)
-            yield
+            yield folder
             _run("scancel", "--full", "--user", getpass.getuser())
             while _run("squeue", "-h") and time.monotonic() < until + 600:
                 time.sleep(0.2)

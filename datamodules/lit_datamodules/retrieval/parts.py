@@ -79,7 +79,7 @@ def fields_of(meta: str) -> dict[str, Any] | None:
     """The fields of a sample's json; None if it is none."""
     try:
         found = json.loads(meta or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

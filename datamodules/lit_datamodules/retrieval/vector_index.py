@@ -122,7 +122,7 @@ def build(shards: Mapping[str, Shard], folder: Path) -> dict[str, Any]:
     faiss = faiss_module()
     if missing := [name for name in shards if not _rows(folder, name).exists()]:
         raise DataError(f"{len(missing)} of {len(shards)} shards are not embedded yet: {', '.join(missing[:5])}")
-    loaded = {name: np.load(_vectors(folder, name), mmap_mode="r") for name in shards}
+    loaded = {name: _load_vectors(_vectors(folder, name)) for name in shards}
     counts = {name: len(vectors) for name, vectors in loaded.items()}
     total = sum(counts.values())
     if not total:
@@ -169,10 +169,15 @@ def search(folder: Path, plan: Plan, queries: np.ndarray, probes: float = PROBES
     path = folder / "index.json"
     if not path.is_file():
         raise DataError(f"{folder} holds no finished index; run `litp data index` to its end")
-    about = json.loads(path.read_text(encoding="utf-8"))
+    about = _about(path)
     if about["encoder"] != plan.encoder:
         raise DataError(f"{folder} was embedded by {about['encoder']}, and not by {plan.encoder}; give that encoder")
-    index = faiss_module().read_index(str(folder / "vectors.faiss"))
+    try:
+        index = faiss_module().read_index(str(folder / "vectors.faiss"))
+        if (index.ntotal, index.d) != (about["vectors"], about["width"]):
+            raise RuntimeError(f"it holds {index.ntotal} vectors of {index.d} values, index.json says otherwise")
+    except RuntimeError as error:
+        raise DataError(f"{folder / 'vectors.faiss'} is damaged ({error}); run `litp data index` again") from error
     index.nprobe = max(1, round(probes * about["lists"]))
     _, found = index.search(np.asarray(queries, np.float32), min(10 * plan.keep, about["vectors"]))
     starts = np.cumsum([0, *about["shards"].values()])
@@ -183,9 +188,45 @@ def search(folder: Path, plan: Plan, queries: np.ndarray, probes: float = PROBES
             yield _part(folder, shard, plan, queries, wanted)
 
 
+def _about(path: Path) -> dict[str, Any]:
+    """What an `index.json` says.
+
+    Raises:
+        DataError: It is none.
+    """
+    try:
+        about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        numbers = [about["vectors"], about["width"], about["lists"], *about["shards"].values()]
+        if not all(isinstance(number, int) and number >= 0 for number in numbers):
+            raise ValueError("a count is no whole number")
+        if not (isinstance(about["encoder"], str) and sum(about["shards"].values()) == about["vectors"]):
+            raise ValueError("its shards do not add up to its vectors")
+        return about
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path} is damaged ({error!r}); run `litp data index` again") from error
+
+
+def _load_vectors(path: Path) -> np.ndarray:
+    """Embeddings `[N, d]`, read as they are asked for; numbers alone, and no pickled objects.
+
+    Raises:
+        DataError: The file is damaged, or holds something else.
+    """
+    try:
+        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+        if vectors.ndim != 2 or vectors.dtype != np.float16:
+            raise ValueError(f"it holds {vectors.dtype} {vectors.shape}")
+        return vectors
+    except (OSError, ValueError, EOFError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path} holds no embeddings ({error}); remove it and run `litp data index` again") from error
+
+
 def _part(folder: Path, shard: str, plan: Plan, queries: np.ndarray, wanted: list[np.ndarray]) -> Part:
     part, table = read_table(_rows(folder, shard))
-    vectors = np.load(_vectors(folder, shard), mmap_mode="r")
+    vectors = _load_vectors(_vectors(folder, shard))
+    columns = {name for name, _ in PICTURE}
+    if not columns <= set(table.column_names) or any(len(p) and p[-1] >= min(len(table), len(vectors)) for p in wanted):
+        raise DataError(f"{_rows(folder, shard)} is not that of its embeddings; run `litp data index` again")
     for query, column, places in zip(plan.queries, queries, wanted, strict=True):
         part.histograms[query.name] = [0] * BINS  # of what was not compared nothing is known
         values = np.asarray(vectors[places], np.float32) @ column

@@ -1,5 +1,6 @@
-"""PEFT's LoRA layers through `bank_lora` with one adapter: no cast of activations, no launch for scale and sum.
+"""PEFT's LoRA layers through `bank_lora`: no cast of activations, no launch for scale and sum.
 
+A layer's factors are those of one adapter, `[R, in]` and `[out, R]`, or of a bank's G, `[G, R, in]` and `[G, out, R]`.
 A layer keeps its class, parameters and names; only its `forward` is another one, which reads what the layer carries in
 every call and gives back to PEFT's own whatever `bank_lora` cannot express. `project` takes layers of one input, such
 as q, k and v of self-attention, together.
@@ -20,7 +21,7 @@ from lit_kernels.bank_lora.function import NAME, bank_lora, key_of, launched, un
 from lit_kernels.packing import lay_side_by_side
 from lit_kernels.slices import projection_of
 
-Scales = dict[tuple[tuple[float, ...], torch.device], Tensor]
+Scales = dict[tuple[tuple[float, ...], int, torch.device], Tensor]
 
 
 def fuse(layer: nn.Module, backend: backends.Backend = "auto") -> None:
@@ -79,7 +80,8 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if _takes_kernels(layer, read, x):
         return _launched(layer, [read], x)[0]
     scales = _scales_of(layer, [read], x.device)[0]
-    return bank_lora(x, read.weight, read.down[None], read.up[None], scales, read.bias, layer._lit_backend)
+    downs, ups = (factor if factor.ndim == 3 else factor[None] for factor in (read.down, read.up))
+    return bank_lora(x, read.weight, downs, ups, scales, read.bias, layer._lit_backend)
 
 
 class _Read(NamedTuple):
@@ -88,6 +90,11 @@ class _Read(NamedTuple):
     up: Tensor
     scale: float
     bias: Tensor | None
+
+    @property
+    def adapters(self) -> int:
+        """G."""
+        return len(self.down) if self.down.ndim == 3 else 1
 
 
 def _read(layer: Any, x: Tensor) -> _Read | None:
@@ -99,10 +106,11 @@ def _read(layer: Any, x: Tensor) -> _Read | None:
 
 
 def _takes_kernels(layer: Any, read: _Read, x: Tensor) -> bool:
-    reason = unsupported(x, read.weight, read.down.shape[0], read.bias)
+    rank, adapters = read.down.shape[-2], read.adapters
+    reason = unsupported(x, read.weight, rank, read.bias)
     if layer._lit_backend == "auto" and x.dtype not in (torch.float16, torch.bfloat16):
         reason = reason or f"torch multiplies {x.dtype} as fast"
-    key = None if reason else key_of(x.dtype, x.shape[:-1].numel(), read.weight, 1, read.down.shape[0])
+    key = None if reason else key_of(x.dtype, x.shape[:-1].numel() // adapters, read.weight, adapters, rank)
     return backends.choose(NAME, layer._lit_backend, x.device, reason, key) == "triton"
 
 
@@ -112,9 +120,10 @@ def _launched(layer: Any, parts: Sequence[_Read], x: Tensor) -> list[Tensor]:
 
 
 def _scales_of(layer: Any, parts: Sequence[_Read], device: torch.device) -> Tensor:
-    """`[P, 1]`; kept, so that a step copies nothing to the GPU."""
+    """`[P, G]`; kept, so that a step copies nothing to the GPU."""
     scales: Scales = layer._lit_scales
-    key = (tuple(p.scale for p in parts), device)
+    key = (tuple(p.scale for p in parts), parts[0].adapters, device)
     if key not in scales:
-        scales[key] = torch.tensor(key[0], dtype=torch.float32, device=device)[:, None]
+        column = torch.tensor(key[0], dtype=torch.float32, device=device)[:, None]
+        scales[key] = column.expand(-1, key[1]).contiguous()
     return scales[key]

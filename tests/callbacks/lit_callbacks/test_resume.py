@@ -178,3 +178,38 @@ def test_a_signal_saves_at_a_step_boundary(
     assert_same(state(tmp_path, 3), undisturbed[3])
     train(base, tmp_path, STEPS, resume=True)
     assert_same(state(tmp_path, STEPS), undisturbed[STEPS])
+
+
+@pytest.mark.parametrize("number", NOTICES)
+def test_a_notice_during_the_save_of_another(
+    base: Path, tmp_path: Path, undisturbed: Any, number: signal.Signals
+) -> None:
+    """And with handlers installed before, as submitit does: they are not called, and get their signals back."""
+    theirs: list[int] = []
+
+    def handler(number: int, frame: Any) -> None:
+        theirs.append(number)
+
+    class Press(pl.Callback):
+        def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 2:
+                signal.raise_signal(signal.SIGUSR2)
+
+        def on_save_checkpoint(self, *_: Any) -> None:
+            signal.raise_signal(number)
+
+    before = {number: signal.signal(number, handler) for number in NOTICES}
+    try:
+        callbacks = [RunCheckpoint(tmp_path / "checkpoints", every=100), AdapterEma(0.9), NonFiniteGuard()]
+        with pytest.raises(SystemExit):
+            train(base, tmp_path, STEPS, [Press(), *callbacks, Throughput()])
+        assert all(signal.getsignal(number) is handler for number in NOTICES) and not theirs
+        signal.raise_signal(number)
+        assert theirs == [number]
+    finally:
+        for each, was in before.items():
+            signal.signal(each, was)
+    assert noted.notice is None
+    assert_same(state(tmp_path, 3), undisturbed[3])
+    train(base, tmp_path, STEPS, resume=True)
+    assert_same(state(tmp_path, STEPS), undisturbed[STEPS])

@@ -69,6 +69,17 @@ def test_training_beside_newer_checkpoints_is_refused(base: Path, tmp_path: Path
     assert [step for step, _ in checkpoints.published(tmp_path / "checkpoints")] == [2]
 
 
+def test_a_newer_damaged_one_takes_no_place(base: Path, tmp_path: Path) -> None:
+    """With the steps kept by number alone, the save of step 3 would be pruned for the damaged one of step 4."""
+    folder = tmp_path / "checkpoints"
+    train(base, tmp_path, 4, every=2)
+    state = checkpoints.directory(folder, 4) / checkpoints.STATE
+    state.write_bytes(state.read_bytes()[:-1])
+    train(base, tmp_path, 3, [RunCheckpoint(folder, every=1, keep_last=1)], resume=True)
+    found = checkpoints.find_complete(folder)
+    assert found is not None and found.step == 3
+
+
 def test_too_little_space_is_seen_before_writing(
     base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

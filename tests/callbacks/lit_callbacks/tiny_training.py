@@ -30,6 +30,9 @@ EPOCH = 5
 class Loader:
     """Batches that are a function of their global index; sized and resumable. `poisoned` ones hold NaN."""
 
+    channels = 4
+    """Of the latents; the tiny bases have 4, the embedded one 8."""
+
     def __init__(self, tokenize: Any, size: int = 2, poisoned: tuple[int, ...] = ()):
         self.tokenize, self.size, self.poisoned = tokenize, size, poisoned
         self.next = 0
@@ -44,7 +47,7 @@ class Loader:
 
     def batch(self, index: int) -> dict[str, Any]:
         draws = torch.Generator().manual_seed(index)
-        mean = torch.randn(self.size, 4, 16, 16, generator=draws)
+        mean = torch.randn(self.size, self.channels, 16, 16, generator=draws)
         if index in self.poisoned:
             mean[0] = float("nan")
         words = ["photo", "picture", "toy"]

@@ -254,7 +254,8 @@ def test_a_disk_that_fills_up_while_saving(workplace: Path, caplog: pytest.LogCa
     (workplace / "filling.py").write_text(CALLBACKS)
     # The state needs more than 4 KiB; without a logger it is the only file that is written from then on.
     fill = "[{class_path: filling.FullDisk, init_args: {limit: 4096}}]"
-    command = [sys.executable, "-m", "lit_personalize", *FIT, "--trainer.callbacks", fill, "--trainer.logger", "false"]
+    command = [sys.executable, "-m", "lit_personalize", *FIT, "--trainer.callbacks", fill]
+    command += ["--trainer.logger", "false", "--allow", "filling"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(workplace), *sys.path])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     # The save of step 4 fails as well: that is a warning, and training goes on.
@@ -292,6 +293,7 @@ def test_an_interrupt_saves_and_has_its_code(
     (workplace / "pressing.py").write_text(CALLBACKS)
     monkeypatch.syspath_prepend(str(workplace))
     press = "[{class_path: pressing.PressControlC}]"
-    refused([*FIT, "--trainer.callbacks", press], 130, "interrupted", "saved at step 3", "the same command continues")
+    given = [*FIT, "--trainer.callbacks", press, "--allow", "pressing"]
+    refused(given, 130, "interrupted", "saved at step 3", "the same command continues")
     assert main(FIT) == 0
     assert "resumed at step 3 of 6" in caplog.text

@@ -61,7 +61,7 @@ def test_a_full_disk_while_logging_and_while_exporting(
     assert main(["init", *given, "--base", str(tiny_bases["sd1"]), "--steps", "4"]) == 0
     (workplace / "filling.py").write_text(CALLBACK)
     fill = f"[{{class_path: filling.FullDisk, init_args: {{at: {at}}}}}]"
-    command = [sys.executable, "-m", "lit_personalize", *FIT, "--trainer.callbacks", fill]
+    command = [sys.executable, "-m", "lit_personalize", *FIT, "--trainer.callbacks", fill, "--allow", "filling"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(workplace), *sys.path])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1, done.stderr

@@ -71,11 +71,13 @@ def test_doctor_speaks_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 REPORTS = [
-    *([verb] for verb in VERBS if verb not in ("data", "merge", "profile", "runs", "world")),
+    *([verb] for verb in VERBS if verb not in ("bank", "data", "merge", "profile", "runs", "world")),
+    ["bank", "run"],
     *(["data", what] for what in ("check", "sheet")),
     *(["merge", what] for what in ("closed-form", "interpolate", "linear", "ziplora", "blora", "extract")),
     *(["profile", what] for what in ("compile", "kernels", "step")),
-    *(["runs", what] for what in ("ls", "show")),
+    *(["runs", what] for what in ("ls", "show", "compare")),
+    ["sweep", "status"],
     *(["world", what] for what in ("render", "build", "card")),
 ]
 

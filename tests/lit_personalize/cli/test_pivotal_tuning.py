@@ -35,7 +35,7 @@ def config(base: Path, *more: str) -> dict[str, Any]:
 def fit(root: str, *more: str, stop_at: int | None = None) -> None:
     """Train, or begin to: the run is interrupted in step `stop_at`."""
     stop = [] if stop_at is None else [
-        "--trainer.callbacks",
+        "--allow", "interrupt_at", "--trainer.callbacks",
         json.dumps([{"class_path": "interrupt_at.InterruptAt", "init_args": {"step": stop_at}}]),
     ]  # fmt: skip
     assert main([*FIT, *more, *stop, "--root", root]) == (0 if stop_at is None else 130)

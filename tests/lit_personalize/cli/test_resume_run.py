@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import itertools
+import time
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,18 @@ def test_metrics_of_a_resumed_run_are_those_of_an_undisturbed_one(run: Path) -> 
     assert [step for step, _ in straight] == ["0", "1", "2", "3", "4"]
     assert resumed == straight
     assert not (run / "hparams.yaml").exists() and list(run.glob("events.*"))
+
+
+def test_a_clock_that_goes_back(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an hour at every look, in both parts of the run."""
+    assert main([*FIT, "--trainer.max_steps", "5", "--name", "straight"]) == 0
+    hours = itertools.count()
+    monkeypatch.setattr(time, "time", lambda: 2e9 - 3600 * next(hours))
+    assert main(FIT) == 0 and _step(run) == 3
+    assert main([*FIT, "--trainer.max_steps", "5"]) == 0
+    assert next(hours) > 2, "someone looked"
+    one, two = (run.parent / name / "exports/learned_embeds.safetensors" for name in ("straight", "run"))
+    assert _step(run) == 5 and load_file(one)["<new1>"].equal(load_file(two)["<new1>"])
 
 
 def test_a_short_run_has_metrics(run: Path) -> None:

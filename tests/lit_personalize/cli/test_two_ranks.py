@@ -67,7 +67,7 @@ def start(launcher: tuple[str, ...], *arguments: str) -> tuple[int, str, str]:
     """Run a command line in a session of its own, all of which ends with it; exit code, stdout, stderr."""
     own = [str(ROOT / holder) for holder in HOLDERS] + [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
-    env |= {"PYTHONPATH": os.pathsep.join(own), "OMP_NUM_THREADS": "1"}
+    env |= {"PYTHONPATH": os.pathsep.join(own), "OMP_NUM_THREADS": "1", "LITP_ALLOW": "seen_samples"}
     given = [sys.executable, *launcher, "-m", "lit_personalize", "fit", "-c", "run.yaml", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(given, env=env, text=True, start_new_session=True, **pipes) as process:  # type: ignore[call-overload]
@@ -166,7 +166,7 @@ def test_two_ranks_killed_and_continued(
     monkeypatch.syspath_prepend(str(Path(__file__).parent))  # `seen_samples`, in this process
     note = json.dumps([{"class_path": "seen_samples.SeenSamples", "init_args": {"folder": "seen/fewer"}}])
     alone = ["fit", "-c", "run.yaml", "--name", "fewer", "--trainer.devices", "1", "--trainer.callbacks", note,
-             "--trainer.max_steps", str(SAVED + 5), *BARE]  # fmt: skip
+             "--trainer.max_steps", str(SAVED + 5), "--allow", "seen_samples", *BARE]  # fmt: skip
     capsys.readouterr()
     assert main(alone) == 2
     refused = "the checkpoint is of a training on 2 ranks, this is one on 1"

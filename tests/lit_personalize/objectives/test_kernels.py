@@ -89,7 +89,7 @@ def test_no_factor_of_a_fused_layer_is_cast(tiny_bases: dict[str, Path], make_ba
     lora: Any = objective.trained[0]
     weights = [linear.weight for layer in lora._peft.values() for linear in layer.lora_A.values()]
     assert {weight.dtype for weight in weights} == {torch.bfloat16}
-    objective.fuse(objective.device.type)
+    objective.fuse_kernels()
     lora.refresh(torch.bfloat16)
     weights = [linear.weight for layer in lora._peft.values() for linear in layer.lora_A.values()]
     factors = {id(factor) for factor in lora.named_factors().values()}

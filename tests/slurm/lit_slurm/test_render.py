@@ -16,7 +16,7 @@ import yaml
 
 from lit_personalize.cli.main import main
 from lit_slurm.options import OptionError, Options, options_of
-from lit_slurm.render import render
+from lit_slurm.render import of_task, render
 
 HEADER = """#!/usr/bin/env bash
 #SBATCH --job-name=cat
@@ -94,6 +94,9 @@ def test_an_index_for_every_task_of_an_array(ran: Callable[..., dict[str, Any]])
     assert "#SBATCH --array=0-7%2" in text and "%A_%a.log" in text and "--job-name=cat\n" in text
     found = ran(text, SLURM_ARRAY_JOB_ID="11", SLURM_ARRAY_TASK_ID="3", CODE="75")
     assert found["calls"][-7:] == ["--name", "cat-3", "--seed", "3", "scontrol", "requeue", "11_3"]
+    files = ["-c", "a b/{task:03}.yaml", "-c", "{task}{task:02}"]
+    found = ran(render(Options(array="9", command="litp"), "cat-{task:03}", files), SLURM_ARRAY_TASK_ID="9")
+    assert found["calls"][-4:] == ["-c", "a b/009.yaml", "-c", "909"] and of_task("cat-{task:03}", 9) == "cat-009"
     with pytest.raises(OptionError, match="put {task} into the run's name, such as cat-{task}"):
         render(Options(array="0-7"), "cat", ["--name", "cat"])
     with pytest.raises(OptionError, match="give slurm.array"):
