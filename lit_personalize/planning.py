@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -27,6 +25,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lit_kernels.backend import without_values
 from lit_personalize import checkpoints, fitting, preflight, strategies
 from lit_personalize.adapters.token_embedding import RANDOM, TokenEmbedding
 from lit_personalize.batch import Role
@@ -38,8 +37,6 @@ from lit_personalize.planning_disk import disk_of
 from lit_personalize.planning_memory import StepMemory, View, count_step, fake_objective
 from lit_personalize.planning_shares import DeviceMemory, per_device
 from lit_personalize.run_directory import RunDirectory
-
-log = logging.getLogger(__name__)
 
 LESS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("bfloat16", {"model.init_args.dtype": "bfloat16"}),
@@ -208,7 +205,7 @@ def _step(
     if gpu and not objective.sharded and objective.kernels in ("auto", "triton"):
         asked = objective.kernels
         try:
-            with _triton_without_a_gpu():
+            with without_values():
                 objective.kernels = "triton"
                 objective.fuse_kernels(device="cuda")
                 return count_step(objective, mode, view, **how)
@@ -219,20 +216,6 @@ def _step(
         finally:
             objective.kernels = asked
     return count_step(objective, mode, view, **how)
-
-
-@contextlib.contextmanager
-def _triton_without_a_gpu() -> Iterator[None]:
-    """Let operators choose their kernels for tensors of a CPU; those without values run none."""
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TRITON_INTERPRET"]
-        else:
-            os.environ["TRITON_INTERPRET"] = before
 
 
 @contextlib.contextmanager

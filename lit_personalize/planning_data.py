@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +9,6 @@ from lit_personalize.errors import DataError
 from lit_personalize.objectives.denoising import Denoising
 from lit_personalize.planning_memory import View
 from lit_personalize.preflight import trained_tokens
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
