@@ -222,10 +222,7 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> bool:
 
     found = checkpoints.find_complete(run.checkpoints)
     _tell_what_was_found(run, found)
-    if found and built.resume == "never":
-        raise UsageError(f"{run.path} already has a checkpoint of step {found.step}; use resume: auto or another name")
-    if not found and built.resume == "must":
-        raise UsageError(f"{run.path} has no complete checkpoint to resume from")
+    refuse_resume(found, built, run)
     write = functools.partial(run.write_record, resolved, built.recipe)
     record = functools.cache(write if is_rank_zero() else lambda: None)
     steps = built.trainer.max_steps
@@ -244,7 +241,8 @@ def train(built: Namespace, run: RunDirectory, resolved: str) -> bool:
     trainer = build_trainer(built, run, found.step if found else 0)
     if found:
         refuse_other_layout(found, built.model, trainer.strategy, trainer.world_size)
-    strategies.prepare(trainer.strategy, built.model, ema=built.ema is not None, best=built.checkpoint.best)
+    averaged, best = built.ema is not None, built.checkpoint.best
+    strategies.prepare(trainer.strategy, built.model, averaged, best, trainer.world_size)
     # Only here is the checkpoint read, and found to fit or not.
     others = OtherRanks()
     trainer.callbacks += [LambdaCallback(on_train_start=lambda *_: record()), others]  # type: ignore[attr-defined]
@@ -294,12 +292,23 @@ def _saved(step: int | None) -> str:
     return f"{saved}; the same command continues"
 
 
-def refuse_other_layout(found: checkpoints.Found, objective: Denoising, strategy: Strategy, ranks: int) -> None:
-    """Refuse what the strategy cannot read, before it tries.
+def refuse_resume(found: checkpoints.Found | None, built: Namespace, run: RunDirectory) -> None:
+    """Refuse to go on, or to begin, where `resume` says otherwise.
 
     Raises:
-        UsageError: The checkpoint is of another kind of strategy, or DeepSpeed's of another number of ranks.
-        DataError: It is a sharded one of other adapters or of another base.
+        UsageError: It does.
+    """
+    if found and built.resume == "never":
+        raise UsageError(f"{run.path} already has a checkpoint of step {found.step}; use resume: auto or another name")
+    if not found and built.resume == "must":
+        raise UsageError(f"{run.path} has no complete checkpoint to resume from")
+
+
+def refuse_other_strategy(found: checkpoints.Found, strategy: Strategy) -> str:
+    """The kind of state that a checkpoint has, which the strategy reads.
+
+    Raises:
+        UsageError: It reads another kind.
     """
     written, read = sharded_state.kind(found.state), strategies.state_kind(strategy)
     if written != read:
@@ -307,7 +316,17 @@ def refuse_other_layout(found: checkpoints.Found, objective: Denoising, strategy
             f"checkpoint {found.path.name} has a {written} state, and {type(strategy).__name__} reads a {read} one: go "
             "on with the strategy that wrote it, or take a new run name"
         )
-    if written != "whole":
+    return written
+
+
+def refuse_other_layout(found: checkpoints.Found, objective: Denoising, strategy: Strategy, ranks: int) -> None:
+    """Refuse what the strategy cannot read, before it tries.
+
+    Raises:
+        UsageError: The checkpoint is of another kind of strategy, or DeepSpeed's of another number of ranks.
+        DataError: It is a sharded one of other adapters or of another base.
+    """
+    if refuse_other_strategy(found, strategy) != "whole":
         state = sharded_state.read_state(found.state, device="meta")
         if (before := state.get("dp_world_size", ranks)) != ranks:
             raise UsageError(

@@ -18,8 +18,11 @@ from lit_personalize.objectives.prior_preservation import PriorPreservation
 log = logging.getLogger(__name__)
 
 
-def check(objective: Denoising, data: Any) -> None:
+def check(objective: Denoising, data: Any, later: Iterable[int] = ()) -> None:
     """Compare an objective whose base is loaded with a data module that is set up; one without samples passes.
+
+    Args:
+        later: Roles of pictures that are still to be drawn.
 
     Raises:
         UsageError: A trained token that no caption names, or prior preservation without prior pictures.
@@ -27,7 +30,7 @@ def check(objective: Denoising, data: Any) -> None:
     samples = getattr(data, "samples", None)
     if samples is None:
         return
-    refuse_missing_prior(objective, {sample.role for sample in samples})
+    refuse_missing_prior(objective, {*(sample.role for sample in samples), *later})
     captions = list(dict.fromkeys(c for s in samples if s.role == Role.INSTANCE for c in s.captions))
     tokens = [concept.token for concept in getattr(data, "concepts", ())]
     refuse_untaught_tokens(objective, captions, tokens)

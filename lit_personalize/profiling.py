@@ -1,4 +1,4 @@
-"""`litp profile step`: train some steps of a configuration for real, and say where their time goes.
+"""Train some steps of a configuration for real: `litp profile step` says where their time goes, `litp plan` how long.
 
 Nothing of the run is touched but its folder `profile/`: `step.json`, `step.png` and `trace.json.gz`.
 """
@@ -6,15 +6,20 @@ Nothing of the run is touched but its folder `profile/`: `step.json`, `step.png`
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from jsonargparse import Namespace
 
 from lit_personalize import atomic
 from lit_personalize.configuration import instantiate, parse
+from lit_personalize.errors import UsageError
 from lit_personalize.fitting import name_initial_words, prepare_data, quiet_lightning
 from lit_personalize.ranks import is_rank_zero
 from lit_personalize.run_directory import RunDirectory
@@ -36,33 +41,93 @@ def profile_step(arguments: Sequence[str], steps: int = 10) -> tuple[dict[str, A
     """
     from lit_callbacks.step_profile import StepProfile
 
-    parser, config = parse(arguments)
+    _, config = parse(arguments)
     folder = RunDirectory(config.root, config.name).path / "profile"
-    built = instantiate(parser, config)
     with tempfile.TemporaryDirectory() as scratch:
-        run = RunDirectory(scratch, config.name).create()
-        name_initial_words(built)
-        prepare_data(built, run)
-        quiet_lightning()
         watcher = StepProfile((folder if is_rank_zero() else Path(scratch)) / "trace.json.gz", timed=steps)
-        options = dict(vars(built.trainer)) | {
-            "callbacks": [watcher], "logger": False, "max_steps": watcher.steps * built.trainer.accumulate_grad_batches,
-            "max_epochs": -1, "max_time": None, "limit_val_batches": 0, "enable_progress_bar": False,
-            "enable_model_summary": False, "enable_checkpointing": False, "default_root_dir": scratch,
-        }  # fmt: skip
-        trainer = pl.Trainer(**options)
-        try:
-            trainer.fit(built.model, datamodule=built.data)
-        except SystemExit as exit_:  # Lightning turns Ctrl-C into an exit of its own
-            if trainer.interrupted:
-                raise KeyboardInterrupt("nothing was written") from exit_
-            raise
+        longest = watcher.steps * config.trainer.accumulate_grad_batches
+        built = _train_briefly(arguments, Path(scratch), watcher, longest)
     report = {"run": config.name, "kernels": built.model.kernels, **watcher.report}
     if is_rank_zero():
         atomic.write_text(folder / "step.json", json.dumps(report, indent=1) + "\n")
         with atomic.replacing(folder / "step.png") as temporary:
             draw(report, temporary)
     return report, folder
+
+
+def time_steps(arguments: Sequence[str], steps: int) -> dict[str, Any]:
+    """Train `steps` steps on one device of this machine, in a place that is removed.
+
+    Returns:
+        Device, seconds of the start and of the first step, and the median of the further optimizer steps.
+
+    Raises:
+        UsageError: The configuration, or fewer than two steps.
+        DataError: An input.
+        KeyboardInterrupt: The user's.
+    """
+    if steps < 2:
+        raise UsageError(f"a probe takes at least 2 steps, not {steps}: the first one is always slower")
+    clock = _StepClock()
+    with tempfile.TemporaryDirectory() as scratch:
+        here = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+        built = _train_briefly(arguments, Path(scratch), clock, steps, here)
+    device = built.model.device
+    gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if gpu else "CPU", "steps": len(clock.steps),
+        "start_seconds": clock.began - clock.made, "first_step_seconds": clock.steps[0],
+        "step_seconds": statistics.median(clock.steps[1:]),
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if gpu else None,
+    }  # fmt: skip
+
+
+class _StepClock(pl.Callback):
+    """Notes how long each optimizer step takes, with its data."""
+
+    def __init__(self) -> None:
+        self.made = time.perf_counter()
+        self.began = 0.0
+        self.steps: list[float] = []
+        self._last = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.began = self._last = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step > len(self.steps):
+            if pl_module.device.type == "cuda":
+                torch.cuda.synchronize(pl_module.device)
+            now = time.perf_counter()
+            self.steps.append(now - self._last)
+            self._last = now
+
+
+def _train_briefly(
+    arguments: Sequence[str], scratch: Path, watcher: pl.Callback, steps: int, more: Mapping[str, Any] | None = None
+) -> Namespace:
+    """Train `steps` optimizer steps with no callback but `watcher`; `more` are options of the trainer."""
+    parser, config = parse(arguments)
+    built = instantiate(parser, config)
+    run = RunDirectory(scratch, config.name).create()
+    name_initial_words(built)
+    prepare_data(built, run)
+    quiet_lightning()
+    options = dict(vars(built.trainer)) | {
+        "callbacks": [watcher], "logger": False, "max_steps": steps,
+        "max_epochs": -1, "max_time": None, "limit_val_batches": 0, "enable_progress_bar": False,
+        "enable_model_summary": False, "enable_checkpointing": False, "default_root_dir": scratch, **(more or {}),
+    }  # fmt: skip
+    trainer = pl.Trainer(**options)
+    try:
+        trainer.fit(built.model, datamodule=built.data)
+    except SystemExit as exit_:  # Lightning turns Ctrl-C into an exit of its own
+        if trainer.interrupted:
+            raise KeyboardInterrupt("nothing was written") from exit_
+        raise
+    return built
 
 
 def table(report: dict[str, Any]) -> str:

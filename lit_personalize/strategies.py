@@ -38,38 +38,77 @@ def state_kind(strategy: Strategy) -> str:
     return "distributed" if is_sharding(strategy) else "whole"
 
 
-def prepare(strategy: Strategy, objective: Denoising, ema: bool = False, best: bool = False) -> None:
+def refusals(
+    strategy: Strategy, objective: Denoising, ema: bool = False, best: bool = False, ranks: int | None = None
+) -> Iterator[str]:
+    """Why a strategy cannot train this objective, whose base is loaded; every reason there is.
+
+    Args:
+        ranks: Devices of all nodes; None where they are not known.
+    """
+    if not is_sharding(strategy):
+        return
+    name = type(strategy).__name__
+    if ema:
+        yield f"ema: {name} keeps shares of what trains, and averages are of the whole; use ddp, or no ema"
+    if best:
+        yield f"checkpoint.best draws on one rank, and under {name} no rank has all weights; use ddp"
+    for adapter in objective.trained:
+        if adapter.span != (0, 1):
+            yield f"{adapter.name} has a span: under {name} everything trains all the time; use ddp"
+    if isinstance(strategy, ModelParallelStrategy):
+        yield from _refused_by_model_parallel(strategy, ranks)
+    elif isinstance(strategy, FSDPStrategy):
+        yield from _refused_by_fsdp(strategy, objective)
+    else:
+        yield from _refused_by_deepspeed(strategy, objective)
+
+
+def prepare(
+    strategy: Strategy, objective: Denoising, ema: bool = False, best: bool = False, ranks: int | None = None
+) -> None:
     """Give a strategy what it needs to train this objective, whose base is loaded.
 
     Raises:
         UsageError: It cannot.
+    """
+    for reason in refusals(strategy, objective, ema, best, ranks):
+        raise UsageError(reason)
+    suit(strategy, objective)
+
+
+def suit(strategy: Strategy, objective: Denoising) -> None:
+    """Set both up for each other, whatever `refusals` says.
+
+    Raises:
+        UsageError: An adapter reads weights of the base that ZeRO-3 shares out.
     """
     if isinstance(strategy, DDPStrategy) and objective.trains_text:
         # SDXL leaves out the last layer of an encoder, and a batch may name no trained token.
         strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
     if not is_sharding(strategy):
         return
-    name = type(strategy).__name__
-    if ema:
-        raise UsageError(f"ema: {name} keeps shares of what trains, and averages are of the whole; use ddp, or no ema")
-    if best:
-        raise UsageError(f"checkpoint.best draws on one rank, and under {name} no rank has all weights; use ddp")
-    if spans := [adapter.name for adapter in objective.trained if adapter.span != (0, 1)]:
-        raise UsageError(f"{spans[0]} has a span: under {name} everything trains all the time; use ddp")
     objective.spread = True
     for adapter in objective.trained:
         adapter.steady = False
-    if isinstance(strategy, ModelParallelStrategy):
-        _prepare_model_parallel(strategy, objective)
-    elif isinstance(strategy, FSDPStrategy):
-        _prepare_fsdp(strategy, objective)
-    else:
+    if isinstance(strategy, DeepSpeedStrategy):
         _prepare_deepspeed(strategy, objective)
+        return
+    objective.replicated = [adapter for adapter in objective.trained if not adapter.elementwise]
+    if isinstance(strategy, FSDPStrategy):
+        # One unit of all changes of whole weights; the base is frozen, of another type, and whole on every rank.
+        whole = [*objective.built.parameters(), *(p for a in objective.replicated for p in a.factors.values())]
+        strategy.kwargs |= {"ignored_states": whole, "use_orig_params": True}
 
 
 def draws_together(strategy: Strategy) -> bool:
     """Whether a rank alone cannot use what it trains, so that pictures are drawn by all of them."""
     return isinstance(strategy, ModelParallelStrategy | FSDPStrategy) or _is_stage_3(strategy)
+
+
+def gathers_base(strategy: Strategy) -> bool:
+    """Whether weights of the base are whole only while they are used."""
+    return isinstance(strategy, ModelParallelStrategy) or _is_stage_3(strategy)
 
 
 @contextmanager
@@ -85,33 +124,37 @@ def whole(trainer: pl.Trainer) -> Iterator[None]:
         yield
 
 
-def _prepare_model_parallel(strategy: Any, objective: Denoising) -> None:
+def _refused_by_model_parallel(strategy: Any, ranks: int | None) -> Iterator[str]:
     if strategy._tensor_parallel_size != 1 or strategy._data_parallel_size == "auto":
-        raise UsageError(
+        yield (
             "ModelParallelStrategy: set tensor_parallel_size: 1, and data_parallel_size to the number of all devices; "
             "each rank reads pictures of its own"
         )
+    elif ranks is not None and strategy._data_parallel_size != ranks:
+        yield (
+            f"ModelParallelStrategy: data_parallel_size is {strategy._data_parallel_size}, and trainer.devices times "
+            f"trainer.num_nodes is {ranks}; make them the same"
+        )
     if not strategy._save_distributed_checkpoint:
-        raise UsageError("ModelParallelStrategy: save_distributed_checkpoint must stay true")
-    objective.replicated = [adapter for adapter in objective.trained if not adapter.elementwise]
+        yield "ModelParallelStrategy: save_distributed_checkpoint must stay true"
 
 
-def _prepare_fsdp(strategy: Any, objective: Denoising) -> None:
+def _refused_by_fsdp(strategy: Any, objective: Denoising) -> Iterator[str]:
     if strategy._state_dict_type != "sharded":
-        raise UsageError("FSDPStrategy: set state_dict_type: sharded, which any number of ranks can go on from")
-    objective.replicated = [adapter for adapter in objective.trained if not adapter.elementwise]
-    if len(objective.replicated) == len(objective.trained):
-        raise UsageError(f"FSDPStrategy: {objective.trained[0].name} is too small to be shared out; use ddp")
-    # One unit of all changes of whole weights; the base is frozen, of another type, and whole on every rank.
-    whole = [*objective.built.parameters(), *(p for a in objective.replicated for p in a.factors.values())]
-    strategy.kwargs |= {"ignored_states": whole, "use_orig_params": True}
+        yield "FSDPStrategy: set state_dict_type: sharded, which any number of ranks can go on from"
+    if not any(adapter.elementwise for adapter in objective.trained):
+        yield f"FSDPStrategy: {objective.trained[0].name} is too small to be shared out; use ddp"
+
+
+def _refused_by_deepspeed(strategy: Any, objective: Denoising) -> Iterator[str]:
+    for adapter in objective.trained:
+        if adapter.corrects:
+            yield f"{adapter.name} puts itself right after each step, which DeepSpeed would undo; use ddp"
+    if not strategy.exclude_frozen_parameters:
+        yield "DeepSpeedStrategy: set exclude_frozen_parameters: true; the base is not part of a checkpoint"
 
 
 def _prepare_deepspeed(strategy: Any, objective: Denoising) -> None:
-    if correcting := [adapter.name for adapter in objective.trained if adapter.corrects]:
-        raise UsageError(f"{correcting[0]} puts itself right after each step, which DeepSpeed would undo; use ddp")
-    if not strategy.exclude_frozen_parameters:
-        raise UsageError("DeepSpeedStrategy: set exclude_frozen_parameters: true; the base is not part of a checkpoint")
     if _is_stage_3(strategy):
         objective.place_factors()
     # An offloaded optimizer may be torch's own, which DeepSpeed would refuse as slower than its DeepSpeedCPUAdam.

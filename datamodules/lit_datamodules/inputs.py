@@ -102,13 +102,17 @@ def order_of(
 ) -> Order:  # fmt: skip
     """Which sample stands where in every batch, from the start of a training."""
     buckets = buckets_of(samples, geometry, [concept.repeats for concept in concepts])
-    asked = [options.per_batch for options in sets if options.per_batch is not None]
     shares = [concept.share for concept in concepts]
     of_sets = fractions(set_shares(sets, shares))
     return Order(
-        geometry.seed, buckets, sets_of(samples, len(sets)), batch_size, sum(asked) or batch_size, mixing,
+        geometry.seed, buckets, sets_of(samples, len(sets)), batch_size, per_batch(sets, batch_size), mixing,
         fractions(shares), of_sets,
     )  # fmt: skip
+
+
+def per_batch(sets: Sequence[Regularization], batch_size: int) -> int:
+    """Regularization pictures per batch and rank, where there are sets."""
+    return sum(options.per_batch or 0 for options in sets) or batch_size
 
 
 def set_shares(sets: Sequence[Regularization], shares: Sequence[float]) -> list[float]:

@@ -23,7 +23,7 @@ from lit_datamodules.concept_folder import Concept, Sample
 from lit_datamodules.errors import DataOptionError
 from lit_datamodules.generated_sets import draw_set
 from lit_datamodules.latent_cache import LatentCache, kept_latents
-from lit_datamodules.order import INSTANCE, Mixing, Order, Slot
+from lit_datamodules.order import INSTANCE, PRIOR, Mixing, Order, Slot
 from lit_datamodules.protocols import Generator, ImageEncoder, TextEncoder
 from lit_datamodules.regularization import Regularization
 from lit_datamodules.resize_augmentation import LARGE_PREFIXES, SMALL_PREFIXES, CropMode, prefixed
@@ -267,6 +267,18 @@ class PersonalizationData(pl.LightningDataModule):
         if len(instances) != len(order.buckets):  # other shapes than then, which was warned of: they begin anew
             instances = ()
         return replace(order, since=self._cursor["cursor"], shown=(tuple(instances), priors))
+
+    @property
+    def roles_of_batch(self) -> dict[int, int]:
+        """How many pictures of a role a batch has."""
+        priors = inputs.per_batch(self.regularization, self.batch_size) if self.regularization else 0
+        return {INSTANCE: self.batch_size, PRIOR: priors}
+
+    @property
+    def drawn_per_batch(self) -> int:
+        """Pictures of a batch that come as pixels; of the others latents are kept."""
+        keeps = self.cache_latents is not False and (self.cache_dir is not None or not self._streams)
+        return sum(n for role, n in self.roles_of_batch.items() if not keeps or self.geometry.moves(role))
 
     @property
     def steps(self) -> int:

@@ -12,11 +12,13 @@ The choice is logged once for every operator and reason.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, Literal, get_args
 
 import torch
@@ -28,6 +30,7 @@ from lit_kernels.table_files import Key
 
 Backend = Literal["auto", "triton", "fallback", "reference"]
 Path = Literal["triton", "fallback", "reference"]
+_WITHOUT_VALUES: ContextVar[bool] = ContextVar("without_values", default=False)
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _PLAIN = (Tensor, nn.Parameter)
 log = logging.getLogger(__name__)
@@ -40,13 +43,23 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+@contextlib.contextmanager
+def without_values() -> Iterator[None]:
+    """Within, a CPU's tensors take the paths of a GPU's: they are fake, nothing runs, and what would run is counted."""
+    token = _WITHOUT_VALUES.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT_VALUES.reset(token)
+
+
 def why_not_triton(device: torch.device) -> str:
     """Why kernels cannot run on tensors of this device; empty where they can."""
     if not _INSTALLED:
         return "Triton is not installed"
     if device.type == "meta" or (device.type == "cuda" and torch.version.hip is None):
         return ""  # on the meta device nothing runs, and what would run can be counted
-    if device.type == "cpu" and interpreting():
+    if device.type == "cpu" and (interpreting() or _WITHOUT_VALUES.get()):
         return ""
     return f"Triton kernels need an NVIDIA GPU, not {device.type} (or TRITON_INTERPRET=1 set before the start)"
 

@@ -15,9 +15,11 @@ def inject(config: Any, module: nn.Module, name: str) -> None:
     """
     from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     before = {id(layer): list(layer.active_adapters) for layer in module.modules() if isinstance(layer, LoraLayer)}
-    with torch.random.fork_rng(devices=[]):
+    # PEFT moves its own factors to a layer's device, which fake tensors refuse; ours take their place.
+    with torch.random.fork_rng(devices=[]), unset_fake_temporarily():
         inject_adapter_in_model(config, module, adapter_name=name)
     for layer in module.modules():
         if isinstance(layer, LoraLayer):

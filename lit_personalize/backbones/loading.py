@@ -78,8 +78,7 @@ def load_base(
     if weights:
         parts = parts_of(base, config, dtype, vae_dtype)
     else:
-        with torch.device("meta"):
-            parts = _parts_of_directory(config_directory(base, config), dtype, vae_dtype, _build_part)
+        parts = _parts_of_directory(config_directory(base, config), dtype, vae_dtype, _build_part)
     fingerprint = fingerprint_of(path) if weights else ""
     built = family(**parts, fingerprint=fingerprint, source=str(base), config=config)
     if zero_terminal_snr:
@@ -199,12 +198,14 @@ def _class_of(path: Path, name: str, class_name: str) -> Any:
 
 
 def _build_part(path: Path, name: str, dtype: torch.dtype, class_name: str = "CLIPTextModel") -> nn.Module:
-    """A part by its config, without weights, on the device of the context."""
+    """A part by its config, without weights, on the meta device."""
     kind = _class_of(path, name, class_name)
     try:
-        if name in ("unet", "vae"):
-            return cast(nn.Module, kind.from_config(kind.load_config(path / name, local_files_only=True)).to(dtype))
-        return cast(nn.Module, kind(kind.config_class.from_pretrained(path / name, local_files_only=True)).to(dtype))
+        with torch.device("meta"):
+            if name in ("unet", "vae"):
+                return cast(nn.Module, kind.from_config(kind.load_config(path / name, local_files_only=True)).to(dtype))
+            config = kind.config_class.from_pretrained(path / name, local_files_only=True)
+            return cast(nn.Module, kind(config).to(dtype))
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"base {path}: cannot read the config of {name}: {error}") from error
 

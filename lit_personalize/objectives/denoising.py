@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_personalize import randomness
 from lit_personalize.adapters.protocol import Adapter
-from lit_personalize.backbones.base import Conditioning
+from lit_personalize.backbones.base import Base, Conditioning
 from lit_personalize.batch import Batch, Role
 from lit_personalize.errors import UsageError
 from lit_personalize.objectives.objective import Loss, Objective, OptimizerFactory, SchedulerFactory
@@ -87,8 +87,8 @@ class Denoising(Objective):
         names = ("snr_gamma", "noise_offset", "caption_dropout", "timesteps", "zero_terminal_snr")
         return {name: getattr(self, name) for name in names}
 
-    def configure_model(self) -> None:
-        super().configure_model()
+    def attach_to(self, base: Base) -> None:
+        super().attach_to(base)
         last = len(self.built.schedule)
         if self.timesteps is not None and self.timesteps[1] > last:
             raise UsageError(f"timesteps end at {self.timesteps[1]}, and the base's noise schedule at {last}")
@@ -196,4 +196,5 @@ def role_means(per_sample: Tensor, batch: Batch) -> dict[str, Tensor]:
         return {}
     detached = per_sample.detach()
     roles = [Role(value) for value in sorted(present)]
-    return {f"loss_{role.name.lower()}": detached[batch.where(role)].mean() for role in roles}
+    members = {role: batch.where(role).nonzero().flatten() for role in roles}  # numbers: also of a batch to plan with
+    return {f"loss_{role.name.lower()}": detached[numbers].mean() for role, numbers in members.items()}

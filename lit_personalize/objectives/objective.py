@@ -102,16 +102,19 @@ class Objective(pl.LightningModule):
         """
         if self.base is None:
             with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-                base = load_base(self.base_name, **self.base_options)
-                for adapter in self.trained:
-                    adapter.attach(base, self.seed)
-                self._refuse_shared_layers()
-            if self.gradient_checkpointing:
-                base.unet.enable_gradient_checkpointing()
-            self.base = base
+                self.attach_to(load_base(self.base_name, **self.base_options))
         if self.device_mesh is not None and not self.sharded:
             self.place_factors()
-            sharding.shard(self.base, self.device_mesh["data_parallel"])
+            sharding.shard(self.built, self.device_mesh["data_parallel"])
+
+    def attach_to(self, base: Base) -> None:
+        """Take a base, which may have no weights, and attach the adapters."""
+        for adapter in self.trained:
+            adapter.attach(base, self.seed)
+        self._refuse_shared_layers()
+        if self.gradient_checkpointing:
+            base.unet.enable_gradient_checkpointing()
+        self.base = base
 
     def place_factors(self) -> None:
         """Prepare for a strategy that keeps shares of the base: whole-weight changes go into their layers."""
@@ -206,11 +209,19 @@ class Objective(pl.LightningModule):
                 )  # fmt: skip
         self._spans = spans
 
-    def fuse_kernels(self, ops: Literal["auto"] | Sequence[Operator] = "auto") -> None:
-        """Put these operators of `lit_kernels`, or all, into the UNet, where `kernels` says so."""
+    def fuse_kernels(self, ops: Literal["auto"] | Sequence[Operator] = "auto", device: str | None = None) -> None:
+        """Put these operators of `lit_kernels`, or all, into the UNet, where `kernels` says so.
+
+        Args:
+            device: Type of the device that it trains on; by default the one where it is.
+
+        Raises:
+            UsageError: They do not go with this training.
+        """
+        device = device or self.device.type
         unet = self.built.unet
         lit_kernels.unpatch(unet)
-        if self.kernels == "off" or (self.kernels == "auto" and self.device.type != "cuda"):
+        if self.kernels == "off" or (self.kernels == "auto" and device != "cuda"):
             return
         if self.sharded:
             if self.kernels != "auto":

@@ -46,6 +46,7 @@ TABLE = {
     "litp profile step -c dog.yaml": Shown(
         "--steps 2 --data.init_args.resolution 32", ("runs/photos/profile/step.png",)
     ),
+    "litp plan -c dog.yaml --memory 24": Shown("--data.init_args.resolution 32"),
     "litp slurm render -c dog.yaml": Shown(),
     "litp sweep -c dog.yaml --name rates "
     "--over model.init_args.optimizer.init_args.lr=1e-5,3e-5 --over seed=0..2": Shown("--dry-run"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lit_personalize import sharding
@@ -16,9 +17,13 @@ from lit_personalize.adapters.full_weights import FullWeights
 from lit_personalize.adapters.key_value_delta import KeyValueDelta
 from lit_personalize.adapters.lora import LoRA
 from lit_personalize.adapters.oft import OFT
+from lit_personalize.adapters.protocol import Adapter
 from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.loading import load_base
 from lit_personalize.errors import UsageError
+from lit_personalize.objectives.denoising import Denoising
+from lit_personalize.planning_memory import StepMemory
+from lit_personalize.planning_shares import per_device
 
 RANKS = 8
 WEIGHTS = 2_567_463_684
@@ -92,6 +97,25 @@ def test_key_and_value_of_sdxl_are_shared_out_with_the_base(sdxl: Base, mesh: De
     optimizer = torch.optim.AdamW(adapter.parameter_groups())
     held = [p for group in optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in held} == {id(p) for p in adapter.factors.values()}, "moments are of shares, too"
+
+
+@pytest.mark.parametrize("adapter", [FullWeights, KeyValueDelta])
+def test_litp_plan_says_what_the_first_rank_holds(sdxl: Base, mesh: DeviceMesh, adapter: type[Adapter]) -> None:
+    objective = Denoising("unused", [adapter()])
+    with torch.device("meta"):
+        objective.attach_to(sdxl)
+    objective.place_factors()
+    trained = sum(p.nbytes for p in objective.trained[0].factors.values())
+    frozen = {n: sum(t.nbytes for t in [*m.parameters(), *m.buffers()]) for n, m in sdxl.components().items()}
+    strategy = ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1)
+    planned = per_device(StepMemory(frozen, trained, optimizer=2 * trained), objective, strategy, RANKS)
+    sharding.shard(sdxl, mesh)
+    parts = [p for m in sdxl.components().values() for p in m.parameters()]
+    buffers = sum(b.nbytes for m in sdxl.components().values() for b in m.buffers())
+    own = sharding.local_bytes(p for p in parts if p.requires_grad)
+    assert planned.resident["trained"] == planned.gradients == own > 0
+    assert planned.resident["optimizer"] == pytest.approx(2 * own, abs=1)
+    assert planned.resident["base"] == sharding.local_bytes(p for p in parts if not p.requires_grad) + buffers
 
 
 def test_an_adapter_that_reads_whole_weights_is_refused(sdxl: Base) -> None:
