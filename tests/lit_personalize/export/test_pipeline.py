@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lit_personalize.adapters.protocol import Adapter, AdapterWeights
 from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.loading import load_base
-from lit_personalize.errors import VerificationError
+from lit_personalize.errors import DataError, VerificationError
 from lit_personalize.export.exporter import export
 from lit_personalize.export.verify import adapters_in, exported_of, verify
 
@@ -86,7 +86,7 @@ def test_a_changed_weight_or_a_missing_part_fails(
     with pytest.raises(VerificationError, match="vae.decoder.conv_in.weight differs"):
         verify([merged], base, weights)
     (merged.path / "model_index.json").unlink()
-    with pytest.raises(VerificationError, match="stock client does not load it"):
+    with pytest.raises(DataError, match="has no model_index.json: it is not a diffusers pipeline"):
         verify([merged], base, weights)
 
 
