@@ -112,7 +112,8 @@ def sections(found: Plan) -> list[tuple[str, list[Row]]]:
     ]
     if pictures.concepts is not None:
         beside = f", {pictures.regularization} for regularization" if pictures.regularization else ""
-        steps.append(("pictures", f"{pictures.concepts}", f"each shown {shown:,.{0 if shown >= 10 else 1}f} times{beside}" if shown else ""))
+        often = f"each shown {shown:,.0f} times{beside}" if shown else ""
+        steps.append(("pictures", f"{pictures.concepts}", often))
     files = [(name, size(n), "at most" if name != "checkpoint" else "each") for name, n in found.disk.items() if n]
     out: list[tuple[str, list[Row]]] = [
         ("parameters", parameters), ("memory per device", memory), ("steps", steps), ("time", times(found)),
