@@ -1,0 +1,1 @@
+"""A corpus: trained adapters as rows of numbers that one can compute with."""
