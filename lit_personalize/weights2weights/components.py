@@ -196,7 +196,7 @@ class _Standardised:
         values, vectors = torch.linalg.eigh(kept["gram"])
         values = values.flip(0)[:count].clamp(min=0)
         vectors = vectors.flip(1)[:, :count]
-        small = values <= values[0] * 1e-6  # what fp32 products leave where there is no component
+        small = values <= values[0] * 1e-7  # what fp32 products leave where there is no component
         if small.any():
             raise UsageError(f"the rows have only {int((~small).sum())} components: ask for no more")
         scaled = (vectors / values.sqrt()).float()
