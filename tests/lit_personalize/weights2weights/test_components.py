@@ -104,9 +104,9 @@ def test_all_components_give_the_rows_back() -> None:
 def test_a_direction_that_was_planted_is_found_by_least_squares() -> None:
     draws = torch.Generator().manual_seed(2)
     direction = torch.nn.functional.normalize(torch.randn(20, generator=draws), dim=0)
-    label = torch.randint(0, 2, (1000,), generator=draws).float()
-    values = torch.randn(1000, 20, generator=draws) * 0.1 + label[:, None] * direction
-    found = principal_components(Memory(values), 20, "gram")
+    label = torch.randint(0, 2, (2000,), generator=draws).float()
+    values = torch.randn(2000, 20, generator=draws) * 0.1 + label[:, None] * direction
+    found = principal_components(Memory(values), 20, "randomized")
     beta = torch.linalg.lstsq(found.coefficients, (label - label.mean())[:, None]).solution[:, 0]
     told = (beta @ found.components) / found.deviation  # what tells the label from a row that is not standardised
     assert torch.cosine_similarity(told, direction, dim=0) > 0.99
