@@ -81,11 +81,13 @@ class Shard:
         with path.open("rb") as file:
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch takes no read-only buffer
         self.stored = self._view(about, DTYPES[dtype]).view(rows, width)
-        self.scales = spread(self._view(tensors["scales"], torch.float32).clone(), sizes) if "scales" in tensors else None
+        scales = self._view(tensors["scales"], torch.float32).clone() if "scales" in tensors else None
+        self.scales = None if scales is None else spread(scales, sizes)
 
     def _view(self, about: dict[str, Any], dtype: torch.dtype) -> Tensor:
         first, last = about["data_offsets"]
-        return torch.frombuffer(self.map, dtype=dtype, count=(last - first) // dtype.itemsize, offset=self.start + first)
+        count = (last - first) // dtype.itemsize
+        return torch.frombuffer(self.map, dtype=dtype, count=count, offset=self.start + first)
 
     def read(self, first: int, last: int) -> Tensor:
         """Rows first to last - 1, fp32."""
