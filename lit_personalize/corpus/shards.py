@@ -40,9 +40,11 @@ def encode(rows: Tensor, sizes: Sequence[int], dtype: str) -> dict[str, Tensor]:
     return {"rows": (rows / spread(scales, sizes)).half(), "scales": scales}
 
 
-def decode(stored: Tensor, scales: Tensor | None) -> Tensor:
-    """Stored numbers `[..., D]` as fp32; `scales` by column."""
-    return stored.float() if scales is None else stored.float().mul_(scales)
+def decode(stored: Tensor, factors: Tensor | None, place: Tensor) -> None:
+    """Write stored numbers `[n, D]` as fp32 into `place`; `factors` are the scales by column."""
+    place.copy_(stored)
+    if factors is not None:
+        place.mul_(factors)
 
 
 def spread(scales: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -57,10 +59,11 @@ def write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
     return hashlib.sha256(data).hexdigest()
 
 
-def row_checksums(stored: Tensor) -> list[str]:
-    """Of every stored row `[n, D]`, over its bytes as they lie in the file."""
+def row_checksums(stored: Tensor, scales: Tensor | None) -> list[str]:
+    """Of every stored row `[n, D]`: over its bytes as they lie in the file, and the scales `[slices]`."""
     array = stored.contiguous().view(torch.uint8).numpy()
-    return [hashlib.blake2b(row.tobytes(), digest_size=16).hexdigest() for row in array]
+    common = b"" if scales is None else scales.numpy().tobytes()
+    return [hashlib.blake2b(row.tobytes() + common, digest_size=16).hexdigest() for row in array]
 
 
 class Shard:
@@ -80,18 +83,26 @@ class Shard:
             raise DataError(f"{path} holds rows {found}, and the corpus says {wanted} [{rows}, {width}]")
         with path.open("rb") as file:
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch takes no read-only buffer
+        self.first = self.start + about["data_offsets"][0]
         self.stored = self._view(about, DTYPES[dtype]).view(rows, width)
-        scales = self._view(tensors["scales"], torch.float32).clone() if "scales" in tensors else None
-        self.scales = None if scales is None else spread(scales, sizes)
+        self.scales = self._view(tensors["scales"], torch.float32) if "scales" in tensors else None
+        self.factors = None if self.scales is None else spread(self.scales, sizes)
 
     def _view(self, about: dict[str, Any], dtype: torch.dtype) -> Tensor:
         first, last = about["data_offsets"]
         count = (last - first) // dtype.itemsize
         return torch.frombuffer(self.map, dtype=dtype, count=count, offset=self.start + first)
 
-    def read(self, first: int, last: int) -> Tensor:
-        """Rows first to last - 1, fp32."""
-        return decode(self.stored[first:last], self.scales)
+    def expect(self, row: int) -> None:
+        """Let the system read a row ahead."""
+        if hasattr(self.map, "madvise"):
+            first = self.stored[row].data_ptr() - self.stored.data_ptr() + self.first
+            page = first - first % mmap.PAGESIZE
+            self.map.madvise(mmap.MADV_WILLNEED, page, first - page + self.stored[row].nbytes)
+
+    def read(self, first: int, place: Tensor) -> None:
+        """Write rows from `first` on into `place`, fp32 `[n, D]`."""
+        decode(self.stored[first : first + len(place)], self.factors, place)
 
     def forget(self) -> None:
         """Give back the memory of pages that were read."""

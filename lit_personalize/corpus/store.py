@@ -10,10 +10,14 @@ leaves the corpus as it was, or as it should be. One process writes at a time; r
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
+import socket
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -45,6 +49,9 @@ from lit_personalize.errors import DataError, RunLockedError, UsageError
 
 MANIFEST = "corpus.json"
 FORMAT = 1
+ADVISED = 64
+"""Rows that the disk is asked for at once."""
+log = logging.getLogger(__name__)
 
 
 class Corpus:
@@ -164,7 +171,7 @@ class Corpus:
             done = 0
             for number, begin, end in pieces(self._starts, first, last):
                 shard = self._shard(number)
-                block[done : done + end - begin] = shard.read(begin, end)
+                shard.read(begin, block[done : done + end - begin])
                 done += end - begin
                 shard.forget()
             yield block
@@ -175,23 +182,38 @@ class Corpus:
         Raises:
             IndexError: There are not that many.
         """
-        found = torch.empty(len(indices), self.width)
-        shards, rows = self.index["shard"], self.index["row"]
-        for place, number in enumerate(indices):
-            shard = self._shard(shards[int(number)].as_py())
-            row = rows[int(number)].as_py()
-            found[place] = shard.read(row, row + 1)[0]
+        places = []
+        for number in map(int, indices):
+            if not -len(self) <= number < len(self):
+                raise IndexError(f"row {number} of a corpus of {len(self)}")
+            number %= len(self)
+            shard = bisect_right(self._starts, number) - 1
+            places.append((shard, number - self._starts[shard]))
+        order = sorted(range(len(places)), key=places.__getitem__)  # as they lie on the disk
+        found = torch.empty(len(places), self.width)
+        for first in range(0, len(order), ADVISED):
+            group = order[first : first + ADVISED]
+            for place in group:
+                self._shard(places[place][0]).expect(places[place][1])
+            for place in group:
+                shard, row = places[place]
+                self._shard(shard).read(row, found[place : place + 1])
         return found
 
     def row(self, id: str) -> Tensor:  # noqa: A002 - the word of the index
-        """The row of an adapter, fp32 `[D]`.
+        """The row of an adapter, fp32 `[D]`; its bytes are compared with their checksum.
 
         Raises:
-            DataError: There is no such adapter.
+            DataError: There is no such adapter, or it is damaged.
         """
         if id not in self._places:
             raise DataError(f"{self.folder} has no adapter {id!r}: its ids stand in {INDEX}")
-        return self.gather([self._places[id]])[0]
+        number = self._places[id]
+        shard = bisect_right(self._starts, number) - 1
+        place = number - self._starts[shard]
+        if damage := self._damaged_rows(shard, [place]):
+            raise DataError(f"{damage[0]}: restore the file")
+        return self.gather([number])[0]
 
     def adapter(self, id: str) -> AdapterWeights:  # noqa: A002
         """An adapter as it was packed, but for rounding."""
@@ -202,6 +224,31 @@ class Corpus:
             told = self._files[number]
             self._open[number] = Shard(self.folder / told["file"], told["rows"], self.width, self.dtype, self._sizes)
         return self._open[number]
+
+    def verify(self) -> list[str]:
+        """Read everything; a sentence for each damaged shard, and for each row of it that is."""
+        damage = []
+        for number, told in enumerate(self._files):
+            path = self.folder / told["file"]
+            try:
+                with path.open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() == told["sha256"]:
+                        continue
+                found = self._damaged_rows(number, range(told["rows"]))
+                damage += found or [f"{path} is damaged, its rows are not"]
+            except FileNotFoundError:
+                damage.append(f"{path} is missing, with rows {self._starts[number]} to {self._starts[number + 1] - 1}")
+            except DataError as error:
+                damage.append(str(error))
+        return damage
+
+    def _damaged_rows(self, number: int, rows: Sequence[int]) -> list[str]:
+        shard, first = self._shard(number), self._starts[number]
+        wanted = self.index["checksum"].slice(first, shard.rows).to_pylist()
+        wrong = [row for row in rows if row_checksums(shard.stored[row : row + 1], shard.scales) != [wanted[row]]]
+        if len(wrong) == shard.rows > 1:
+            return [f"{shard.path}: all its rows are damaged, {first} to {first + shard.rows - 1} of the corpus"]
+        return [f"{shard.path}: row {row}, adapter {self.ids[first + row]!r}, is damaged" for row in wrong]
 
     # ---- writing ----------------------------------------------------------------------------------
 
@@ -216,8 +263,8 @@ class Corpus:
         """
         if rows.ndim != 2 or rows.shape[1] != self.width or len(rows) != len(records):
             raise DataError(f"rows {tuple(rows.shape)} with {len(records)} records: a corpus of D = {self.width}")
-        for first in range(0, len(rows), self.shard_rows):
-            with self.writing():
+        with self.writing():
+            for first in range(0, len(rows), self.shard_rows):
                 last = first + self.shard_rows
                 self._append_shard(rows[first:last].detach().float().cpu(), records[first:last])
 
@@ -229,9 +276,10 @@ class Corpus:
             raise DataError(f"adapter {wrong[0]!r} holds NaN or infinite values: leave it out, or train it again")
         number = len(self._files)
         tensors = encode(rows, self._sizes, self.dtype)
-        back = decode(tensors["rows"], spread(tensors["scales"], self._sizes) if "scales" in tensors else None)
+        back = torch.empty_like(rows)
+        decode(tensors["rows"], spread(tensors["scales"], self._sizes) if "scales" in tensors else None, back)
         errors = self._errors(back, rows)
-        sums = row_checksums(tensors["rows"])
+        sums = row_checksums(tensors["rows"], tensors.get("scales"))
         lines = [
             {**_record(record, self), "shard": number, "row": place, "checksum": sums[place], "error": errors[place]}
             for place, record in enumerate(records)
@@ -269,16 +317,34 @@ class Corpus:
             return
         descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RunLockedError(f"another process adds to the corpus {self.folder}: wait for it") from error
+            self._own(descriptor)
             self._set_index(index_files.read_index(self.folder / INDEX))
+            self._clear()
             self._writing = True
             yield
         finally:
             self._writing = False
             os.close(descriptor)
+
+    def _own(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.pread(descriptor, 4096, 0).decode(errors="replace") or "another process"
+            raise RunLockedError(f"{owner} adds to the corpus {self.folder}: wait for it, or end it") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+                raise
+            log.warning("%s is on a file system without locks: let only one process add to it", self.folder)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+
+    def _clear(self) -> None:
+        """Remove what a killed writer left: files that the index does not name."""
+        named = {shard["file"] for shard in self._files}
+        for path in [*self.folder.glob("shard-*.safetensors"), *self.folder.glob(".tmp-*")]:
+            if path.name not in named:
+                path.unlink()
 
     def _set_index(self, index: pa.Table) -> None:
         self.index = index
