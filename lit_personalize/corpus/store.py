@@ -92,8 +92,6 @@ class Corpus:
             UsageError: There is one, or the dtype is unknown.
         """
         folder = Path(folder)
-        if (folder / MANIFEST).exists():
-            raise UsageError(f"{folder} holds a corpus already: add to it, or name another folder")
         if dtype not in DTYPES:
             raise UsageError(f"dtype {dtype!r} is none of a corpus: use {', '.join(DTYPES)}")
         manifest = {
@@ -102,8 +100,11 @@ class Corpus:
             "base_fingerprint": base_fingerprint, "base": base, "recipe": recipe, "layout": layout.to_json(),
         }  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
-        index_files.write_index(folder / INDEX, index_files.empty_index())
-        atomic.write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        with _owned(folder):
+            if (folder / MANIFEST).exists():
+                raise UsageError(f"{folder} holds a corpus already: add to it, or name another folder")
+            index_files.write_index(folder / INDEX, index_files.empty_index())
+            atomic.write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         return cls.open(folder)
 
     @classmethod
@@ -161,6 +162,11 @@ class Corpus:
                 found[name.removeprefix(LABEL)] = torch.tensor(values, dtype=torch.float32)
         return found
 
+    def label_counts(self) -> dict[str, int]:
+        """How many adapters have each label."""
+        names = [name for name in self.index.column_names if name.startswith(LABEL)]
+        return {name.removeprefix(LABEL): len(self) - self.index[name].null_count for name in names}
+
     # ---- reading ----------------------------------------------------------------------------------
 
     def blocks(self, rows: int) -> Iterator[Tensor]:
@@ -206,9 +212,7 @@ class Corpus:
         Raises:
             DataError: There is no such adapter, or it is damaged.
         """
-        if id not in self._places:
-            raise DataError(f"{self.folder} has no adapter {id!r}: its ids stand in {INDEX}")
-        number = self._places[id]
+        number = self._place(id)
         shard = bisect_right(self._starts, number) - 1
         place = number - self._starts[shard]
         if damage := self._damaged_rows(shard, [place]):
@@ -218,6 +222,20 @@ class Corpus:
     def adapter(self, id: str) -> AdapterWeights:  # noqa: A002
         """An adapter as it was packed, but for rounding."""
         return self.layout.unflatten(self.row(id))
+
+    def line(self, id: str) -> dict[str, Any]:  # noqa: A002
+        """What the index says of an adapter.
+
+        Raises:
+            DataError: There is no such adapter.
+        """
+        found: dict[str, Any] = self.index.slice(self._place(id), 1).to_pylist()[0]
+        return found
+
+    def _place(self, id: str) -> int:  # noqa: A002
+        if id not in self._places:
+            raise DataError(f"{self.folder} has no adapter {id!r}: its ids stand in {INDEX}")
+        return self._places[id]
 
     def _shard(self, number: int) -> Shard:
         if number not in self._open:
@@ -315,29 +333,14 @@ class Corpus:
         if self._writing:
             yield
             return
-        descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            self._own(descriptor)
+        with _owned(self.folder):
             self._set_index(index_files.read_index(self.folder / INDEX))
             self._clear()
             self._writing = True
-            yield
-        finally:
-            self._writing = False
-            os.close(descriptor)
-
-    def _own(self, descriptor: int) -> None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.pread(descriptor, 4096, 0).decode(errors="replace") or "another process"
-            raise RunLockedError(f"{owner} adds to the corpus {self.folder}: wait for it, or end it") from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
-                raise
-            log.warning("%s is on a file system without locks: let only one process add to it", self.folder)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            try:
+                yield
+            finally:
+                self._writing = False
 
     def _clear(self) -> None:
         """Remove what a killed writer left: files that the index does not name."""
@@ -361,3 +364,24 @@ def _record(record: Mapping[str, Any], corpus: Corpus) -> dict[str, Any]:
     line = {name: own.pop(name, None) for name in COLUMNS if name != "details"}
     labels = own.pop("labels", None) or {}
     return {**line, "labels": labels, "details": json.dumps(own, default=str) if own else None}
+
+
+@contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """Hold the lock of a corpus, until the end of the block or of this process, however it ends."""
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.pread(descriptor, 4096, 0).decode(errors="replace") or "another process"
+            raise RunLockedError(f"{owner} adds to the corpus {folder}: wait for it, or end it") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+                raise
+            log.warning("%s is on a file system without locks: let only one process add to it", folder)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
