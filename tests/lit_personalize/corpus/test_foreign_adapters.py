@@ -18,6 +18,7 @@ from lit_personalize.backbones.base import Base
 from lit_personalize.cli.main import main
 from lit_personalize.corpus.packing import pack
 from lit_personalize.corpus.store import Corpus
+from lit_personalize.corpus.w2w_files import write
 from lit_personalize.errors import DataError, UsageError
 from lit_personalize.export.exporter import export
 
@@ -141,13 +142,10 @@ def test_pickles_that_could_run_code_are_refused(base: Base, peft_folders: Path,
 
 
 def test_what_their_layout_cannot_say(base: Base, make_weights: Make, finish: Make, tmp_path: Path) -> None:
-    from lit_personalize.corpus.w2w_files import write
-
-    out = finish("a", make_weights(0, targets="query_value", text_encoder=True))
-    pack(out, tmp_path / "c", base)
+    pack(finish("a", make_weights(0, text_encoder=True)), tmp_path / "c", base)
     with pytest.raises(UsageError, match="is the UNet's"):
         write(Corpus.open(tmp_path / "c"), ["a"], tmp_path / "w2w")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no adapter"):
-        pack(tmp_path / "out" / "exports" / "a" / "..", tmp_path / "d" / "e", base) if False else pack(
-            (tmp_path / "empty").mkdir() or tmp_path / "empty", tmp_path / "d", base
-        )
+        pack(tmp_path / "empty", tmp_path / "d", base)
+    assert not (tmp_path / "d").exists()

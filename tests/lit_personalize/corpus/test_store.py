@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lit_personalize.cli.main import main
 from lit_personalize.corpus.layout import Layout
 from lit_personalize.corpus.store import Corpus
 from lit_personalize.errors import DataError, RunLockedError, UsageError
@@ -154,6 +155,15 @@ def test_damage_is_named(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=why):
             damaged.row(name)
     assert torch.allclose(damaged.row("a5"), corpus.row("a5"))
+
+
+def test_litp_verify_reads_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new(tmp_path / "c").append(drawn(5), records(5))
+    assert main(["verify", str(tmp_path / "c"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"rows": {str(tmp_path / "c"): 5}}
+    flip(tmp_path / "c" / "shard-00001.safetensors", -1)
+    assert main(["verify", str(tmp_path / "c")]) == 4
+    assert "row 0, adapter 'a4', is damaged" in capsys.readouterr().err
 
 
 def flip(path: Path, place: int) -> None:
