@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def labels_of(factors: Tensor) -> list[dict[str, float]]:
     return found
 
 
-def span(rows: Tensor, layout: Layout, ids: Sequence[str], count: int, **details: object) -> Subspace:
+def span_of(rows: Tensor, layout: Layout, ids: Sequence[str], count: int, **details: object) -> Subspace:
     """The first standardised principal components of rows."""
     mean, deviation = rows.mean(0), rows.std(0).clamp(min=1e-12)
     standard = (rows - mean) / deviation
@@ -54,6 +54,12 @@ def span(rows: Tensor, layout: Layout, ids: Sequence[str], count: int, **details
         layout, mean, deviation, vh[:count].float().contiguous(), variances.float(), coefficients.float(), list(ids),
         details,
     )  # fmt: skip
+
+
+@pytest.fixture
+def span() -> Callable[..., Subspace]:
+    """See `span_of`."""
+    return span_of
 
 
 @pytest.fixture(scope="session")
@@ -77,6 +83,6 @@ def planted(tiny_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     told = labels_of(factors)
     corpus.append(rows, [{"id": name, "labels": told[number]} for number, name in enumerate(ids)])
     details = {"base_fingerprint": base.fingerprint, "base": str(tiny_bases["sd1"]), "init_seed": 0}
-    space = span(rows, layout, ids, FACTORS, **details)
+    space = span_of(rows, layout, ids, FACTORS, **details)
     space.save(folder / "space")
     return Planted(base, folder / "corpus", folder / "space", space, rows, factors)

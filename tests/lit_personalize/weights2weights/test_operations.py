@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,12 @@ def test_identities_have_the_corpus_s_distribution(planted: Any) -> None:
 def test_identities_are_files_that_the_stock_client_loads(
     planted: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = run(capsys, "sample", planted.folder, "--count", 2, "--seed", 5, "-o", tmp_path, "--formats", "diffusers", "kohya")
+    more = ["--formats", "diffusers", "kohya", "--verify", "first"]
+    told = run(capsys, "sample", planted.folder, "--count", 2, "--seed", 5, "-o", tmp_path, *more)
+    assert told["adapters"][0]["verified"] < 1e-6
     assert [Path(a["folder"]).name for a in told["adapters"]] == ["5-0000", "5-0001"]
     for number, record in enumerate(told["adapters"]):
-        assert record["verified"] < 1e-6 and len(record["files"]) == 2
+        assert len(record["files"]) == 2
         wanted = draw(planted.space, 2, 5)[number]
         kept = json.loads(Path(record["folder"], "w2w.json").read_text())["coefficients"]
         assert torch.equal(torch.tensor(kept), wanted)
@@ -146,7 +149,7 @@ def test_an_edit_adds_its_direction_and_nothing_else(
     outside = planted.rows[4] + 0.02 * torch.randn(planted.rows.shape[1], generator=torch.Generator().manual_seed(9))
     export(space.layout.unflatten(outside), tmp_path / "given", planted.base, "given", ["kohya"])
     edit = ["edit", planted.folder, tmp_path / "given", "--corpus", planted.corpus, "--along", "beard"]
-    told = run(capsys, *edit, "--by", 2, -1.5, "-o", tmp_path / "out")
+    told = run(capsys, *edit, "--by", 2, -1.5, "--verify", "first", "-o", tmp_path / "out")
     assert [Path(a["folder"]).name for a in told["adapters"]] == ["by_2", "by_-1.5"]
     direction = find(space.coefficients, (planted.factors[:, 0] > 0).float(), "beard")
     assert told["adapters"][0]["held_out"] == pytest.approx(direction.held_out) and direction.held_out > 0.85
@@ -157,8 +160,8 @@ def test_an_edit_adds_its_direction_and_nothing_else(
         moved = space.project(outside + change) - space.project(outside)
         sigma = float((space.coefficients @ direction.vector).std())
         assert float(moved @ direction.vector) == pytest.approx(record["by"] * sigma, rel=1e-3)
-        assert record["verified"] < 1e-6
-    told = run(capsys, *edit, "--by", 0, "--project", "-o", tmp_path / "projected")
+    assert told["adapters"][0]["verified"] < 1e-6
+    run(capsys, *edit, "--by", 0, "--project", "--verify", "none", "-o", tmp_path / "projected")
     assert close(back(planted, tmp_path / "projected"), space.unproject(space.project(outside)))
 
 
@@ -166,8 +169,8 @@ def test_an_id_is_whole_with_its_corpus_and_projected_without(
     planted: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["merge", planted.folder, "critter-07"]
-    run(capsys, *given, "--corpus", planted.corpus, "-o", tmp_path / "whole")
-    run(capsys, *given, "-o", tmp_path / "projected")
+    run(capsys, *given, "--verify", "none", "--corpus", planted.corpus, "-o", tmp_path / "whole")
+    run(capsys, *given, "--verify", "none", "-o", tmp_path / "projected")
     assert close(back(planted, tmp_path / "whole"), planted.rows[7])
     assert close(back(planted, tmp_path / "projected"), planted.space.unproject(planted.space.coefficients[7]))
 
@@ -185,12 +188,11 @@ def test_files_of_another_start_are_refused(planted: Any, tmp_path: Path, capsys
 def test_merges_are_linear_in_coefficients(planted: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     space = planted.space
     given = ["merge", planted.folder, "critter-01", "critter-02"]
-    told = run(capsys, *given, "--at", 0, 0.25, "-o", tmp_path / "out", "--verify", "first")
-    assert [r["verified"] is None for r in told["adapters"]] == [False, True]
+    run(capsys, *given, "--at", 0, 0.25, "-o", tmp_path / "out", "--verify", "none")
     one, two = space.coefficients[1], space.coefficients[2]
     assert close(back(planted, tmp_path / "out/at_0"), space.unproject(one))
     assert close(back(planted, tmp_path / "out/at_0.25"), space.unproject(0.75 * one + 0.25 * two))
-    run(capsys, *given, "--weights", 0.9, 0.6, "-o", tmp_path / "sum")
+    run(capsys, *given, "--weights", 0.9, 0.6, "--verify", "none", "-o", tmp_path / "sum")
     assert close(back(planted, tmp_path / "sum"), space.unproject(0.9 * one + 0.6 * two))
 
 
@@ -217,7 +219,7 @@ def test_a_lora_from_elsewhere_stands_beside(planted: Any, tmp_path: Path, capsy
     [
         (["edit", "SPACE", "critter-00", "--along", "beard"], 2, "name the corpus that has them with --corpus"),
         (["edit", "SPACE", "critter-00", "--along", "bread", "--corpus", "CORPUS"], 2, "did you mean beard?"),
-        (["edit", "SPACE", "critter-0O", "--along", "beard", "--corpus", "CORPUS"], 3, "did you mean critter-00?"),
+        (["edit", "SPACE", "critter-000", "--along", "beard", "--corpus", "CORPUS"], 3, "did you mean critter-00?"),
         (["edit", "SPACE", "mean", "--along", "beard", "--corpus", "CORPUS", "--components", "99"], 2, "has 8 components|there are 8 components"),
         (["sample", "SPACE", "--components", "9"], 2, "the space has 8 components"),
         (["sample", "CORPUS"], 3, "litp w2w fit"),
@@ -229,8 +231,6 @@ def test_a_lora_from_elsewhere_stands_beside(planted: Any, tmp_path: Path, capsy
 def test_wrong_input_gets_one_sentence(
     planted: Any, tmp_path: Path, given: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import re
-
     given = [{"SPACE": str(planted.folder), "CORPUS": str(planted.corpus)}.get(part, part) for part in given]
     capsys.readouterr()
     assert main(["w2w", *given, "-o", str(tmp_path / "out")]) == code
