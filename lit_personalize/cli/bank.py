@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_personalize.cli import bank_store
 from lit_personalize.cli.console import add_device, add_json, configure_logging, emit
 from lit_personalize.errors import DataError, PreemptedError, UsageError
 from lit_personalize.stop_signals import NOTICES, listen, noted
@@ -34,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="litp bank", description="Train many adapters in one batched pass, each as if it were alone.",
         epilog="Further options are those of litp fit, such as --trainer.max_steps 400 and --model.init_args.base DIR.",
     )  # fmt: skip
-    verbs = parser.add_subparsers(dest="what", required=True, metavar="run")
+    verbs = parser.add_subparsers(dest="what", required=True, metavar="run|pack|get")
     run = verbs.add_parser("run", help="train one adapter for each folder; the same command continues",
                            epilog=parser.epilog)  # fmt: skip
     run.add_argument("people", type=Path, help="folder of folders of pictures: the name of each names its adapter")
@@ -51,11 +52,14 @@ def build_parser() -> argparse.ArgumentParser:
                      help="which adapters to load into the stock client; every file is read back anyway")  # fmt: skip
     add_device(run)
     add_json(run)
+    bank_store.add_verbs(verbs)
     return parser
 
 
 def main(arguments: list[str]) -> int:
     options, rest = build_parser().parse_known_args(arguments)
+    if options.what in ("pack", "get"):
+        return bank_store.main(build_parser().parse_args(arguments))  # which refuses what is left over
     configure_logging()
     give_back = listen(*NOTICES, signal.SIGINT)
     try:
