@@ -56,5 +56,6 @@ def fit(
         "sketch": None if sketch is None else {"size": sketch, "seed": seed},
     }  # fmt: skip
     return Subspace(
-        corpus.layout, found.mean, found.deviation, found.components, found.variances, found.coefficients, corpus.ids, told
+        corpus.layout, found.mean, found.deviation, found.components, found.variances, found.coefficients, corpus.ids,
+        told,
     )  # fmt: skip
