@@ -35,11 +35,10 @@ def write_space(made: Exploration, path: Path, title: str, components: int = 32)
     """
     space = made.space
     count = min(components, len(space))
-    packed, scales = quantised(space.coefficients[:, :count])
     classes = {d.name: d.classes for d in made.directions}
     thumbnails = {name: _thumbnail(picture) for name, picture in made.thumbnails.items()}
     payload = {
-        "ids": space.ids, "components": count, "packed": packed, "scales": scales, "shares": made.shares[:count],
+        "ids": space.ids, "components": count, "coefficients": quantised(space.coefficients[:, :count]), "along": quantised(made.along), "shares": made.shares[:count],
         "labels": {name: label_bytes(values, classes.get(name, False)) for name, values in made.labels.items()},
         "directions": {
             d.name: [float(x) * d.deviation for x in d.vector[:count]] for d in made.directions
