@@ -75,7 +75,8 @@ def test_coefficients_survive_being_packed(planted: Any) -> None:
     packed = label_bytes(values, False)
     assert (packed["low"], packed["high"]) == (1, 3)
     assert list(base64.b64decode(packed["values"])) == [0, UNKNOWN, 254, 127]
-    assert list(base64.b64decode(label_bytes(torch.tensor([-1.0, 1.0, float("nan")]), True)["values"])) == [0, 1, UNKNOWN]
+    packed = label_bytes(torch.tensor([-1.0, 1.0, float("nan")]), True)
+    assert list(base64.b64decode(packed["values"])) == [0, 1, UNKNOWN]
 
 
 def test_a_strip_changes_along_its_direction_alone(planted: Any) -> None:
@@ -112,7 +113,9 @@ def test_wrong_input_gets_one_sentence(
 
 @pytest.mark.chromium
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-def test_choosing_and_comparing_work_in_a_browser(planted: Any, page: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_choosing_and_comparing_work_in_a_browser(
+    planted: Any, page: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     """A probe behind the page's own script clicks, types and chooses, and notes what the page then shows."""
     probe = """<script>
     const notes = [], near = () => [...document.querySelectorAll("#near button")].map(b => b.dataset.id);
@@ -127,12 +130,15 @@ def test_choosing_and_comparing_work_in_a_browser(planted: Any, page: tuple[Path
     const [x, y] = place(byId.get("critter-42")), size = canvas.getBoundingClientRect();
     canvas.dispatchEvent(new MouseEvent("click", {clientX: size.left + x + 1, clientY: size.top + y}));
     notes.push(name(), document.querySelectorAll("#chosen img").length);
-    const before = inked(); set(colour, "age", "change"); notes.push(inked() !== before, get("legend").textContent.trim());
+    const before = inked(); set(colour, "age", "change");
+    notes.push(inked() !== before, get("legend").textContent.trim());
     document.querySelector("[data-colour=beard]").click(); notes.push(colour.value, get("legend").textContent);
-    const order = space.ids[[...space.ids.keys()].sort((a, b) => points[a * width + 2] - points[b * width + 2])[0]];
-    set(find, order, "input"); canvas.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowLeft"})); notes.push(name());
+    const order = [...space.ids.keys()].sort((a, b) => points[a * width + 2] - points[b * width + 2]);
+    set(find, space.ids[order[0]], "input");
+    canvas.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowLeft"})); notes.push(name());
     set(across, String(width + named.indexOf("beard")), "change");
-    notes.push(across.selectedOptions[0].text, [...space.ids.keys()].sort((a, b) => at(b, axes[0]) - at(a, axes[0])).slice(0, 5));
+    order.sort((a, b) => at(b, axes[0]) - at(a, axes[0]));
+    notes.push(across.selectedOptions[0].text, order.slice(0, 5));
     notes.push(document.documentElement.scrollWidth <= innerWidth);
     document.title = JSON.stringify(notes);
     </script></body>"""
