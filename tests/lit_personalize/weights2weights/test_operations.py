@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +249,19 @@ def test_wrong_input_gets_one_sentence(
     messages = [m for m in capsys.readouterr().err.splitlines() if m.startswith("litp w2w: ")]
     assert len(messages) == 1 and re.search(said, messages[0])
     assert not (tmp_path / "out").exists()
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys\nfrom lit_personalize.cli.main import main\n"
+        "for verb in ('sample', 'edit', 'invert', 'merge', 'explore'):\n"
+        "    try: main(['w2w', verb, '--help'])\n"
+        "    except SystemExit as stop: assert stop.code == 0\n"
+        "assert not {'torch', 'numpy', 'PIL'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: litp w2w") == 5
 
 
 def test_an_output_of_another_kind_is_left_alone(planted: Any, tmp_path: Path) -> None:
