@@ -1,4 +1,4 @@
-"""`litp world render|build|card`: pictures of the embedded world, and its base."""
+"""`litp world render|people|build|card`: pictures of the embedded world, and its base."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lit_personalize.cli.console import add_json, emit
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="litp world", description="The embedded world.")
-    verbs = parser.add_subparsers(dest="what", required=True, metavar="render|build|card")
+    verbs = parser.add_subparsers(dest="what", required=True, metavar="render|people|build|card")
     render = verbs.add_parser("render", help="write pictures with captions, as a folder or as WebDataset shards")
     render.add_argument("-o", "--output", type=Path, required=True)
     render.add_argument("--count", type=int, default=100)
@@ -22,6 +22,12 @@ def build_parser() -> argparse.ArgumentParser:
     render.add_argument("--subject", default=None, help="pictures of one held-out subject instead")
     render.add_argument("--shards", action="store_true", help="tar shards instead of a folder")
     render.add_argument("--size", type=int, default=64)
+    people = verbs.add_parser("people", help="write a folder of pictures for each of many critters, and people.csv: "
+                              "what litp bank trains a corpus of")  # fmt: skip
+    people.add_argument("-o", "--output", type=Path, required=True)
+    people.add_argument("--count", type=int, default=500, help="identities; a larger number goes on")
+    people.add_argument("--start", type=int, default=0, help="number of the first one")
+    people.add_argument("--pictures", type=int, default=10, help="of each")
     build = verbs.add_parser("build", help="train the embedded base from nothing; resumable")
     build.add_argument("-o", "--output", type=Path, default=Path("world"), help="folder; the same one continues")
     build.add_argument("--budget", default=None, help="wall-clock limit: 90s, 150m, 2.5h")
@@ -29,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     card = verbs.add_parser("card", help="measure a built world and write its card")
     card.add_argument("world", type=Path)
     card.add_argument("--docs", type=Path, default=None, help="folder for picture and table")
-    for verb in (render, build, card):
+    for verb in (render, people, build, card):
         add_json(verb)
     return parser
 
@@ -42,6 +48,11 @@ def main(arguments: list[str]) -> int:
 
     if options.what == "render":
         _render(options)
+    elif options.what == "people":
+        from lit_personalize.tinyworld.identities import write_people
+
+        table = write_people(options.output, options.count, options.start, options.pictures)
+        emit({"table": str(table), "identities": options.count, "pictures": options.pictures}, options.json)
     elif options.what == "build":
         from lit_personalize.tinyworld.build import build
 

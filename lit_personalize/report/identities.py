@@ -1,0 +1,129 @@
+"""What adapters of a corpus of critters have learned: pictures drawn of them, read by the reader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lit_personalize.adapters.lora import LoRA
+from lit_personalize.adapters.protocol import AdapterWeights
+from lit_personalize.bank import AdapterJob, Bank, Pictures
+from lit_personalize.configuration import parse
+from lit_personalize.objectives.denoising import Denoising
+from lit_personalize.report.measures import OPTIONS
+from lit_personalize.sampling.sampler import generate
+from lit_personalize.tinyworld.attributes import Reading
+from lit_personalize.tinyworld.concepts import Subject, subject_pictures
+from lit_personalize.tinyworld.identities import TRAINING_SEED, WORD, captions_of
+from lit_personalize.tinyworld.suite import prompts_of
+from lit_personalize.tinyworld.vocabulary import COLORS, CRITTER_ATTRIBUTES
+
+RECIPE = "weights2weights/tinyworld"
+ENOUGH = len(CRITTER_ATTRIBUTES) - 1
+"""Parts of eight that must be read as they are for a critter to be found."""
+PICTURES = 10
+PROMPTS = 4
+
+
+def found(reading: Reading, subject: Subject) -> bool:
+    """Whether a picture shows the subject: a critter of its colour, and at least seven of eight parts right."""
+    right = sum(reading[f"critter_{a}"] == subject.attributes[f"critter_{a}"] for a in CRITTER_ATTRIBUTES)
+    return reading["kind"] == "critter" and reading["color"] == subject.attributes["color"] and right >= ENOUGH
+
+
+def prompts_for(subject: Subject, count: int = PROMPTS) -> tuple[list[str], list[str]]:
+    """Prompts before plain backgrounds from which the subject stands out, and the backgrounds."""
+    asked = [(text, ground) for text, ground in prompts_of(subject, WORD) if ground in COLORS][:count]
+    return [f"photo of {text}" for text, _ in asked], [ground for _, ground in asked]
+
+
+@dataclass
+class Painter:
+    """A base with one LoRA, into which adapters of a corpus are put to draw them."""
+
+    objective: Denoising
+
+    @classmethod
+    def of_recipe(cls, recipe: str = RECIPE) -> Painter:
+        """The recipe's base and LoRA."""
+        parser, config = parse(["-c", recipe, "--name", "unused"])
+        objective = parser.instantiate(_model_only(config)).model
+        objective.configure_model()
+        return cls(objective)
+
+    @property
+    def lora(self) -> LoRA:
+        (lora,) = (adapter for adapter in self.objective.trained if isinstance(adapter, LoRA))
+        return lora
+
+    def draw(self, weights: AdapterWeights | None, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+        """uint8 `[N, 64, 64, 3]`; None draws from the untouched base."""
+        base = self.objective.built
+        if weights is None:
+            return generate(base, prompts, seeds, None, OPTIONS)
+        factors = {}
+        for layer, low_rank in weights.low_rank.items():
+            factors |= {f"{layer}:A": low_rank.down, f"{layer}:B": low_rank.up}
+        self.lora.restore(factors)
+        return generate(base, prompts, seeds, [self.lora], OPTIONS)
+
+
+def train(
+    recipe: Denoising, subjects: Sequence[Subject], at: Sequence[int], pictures: int = PICTURES, batch: int = 2,
+    clip: float | None = 1.0, seed: int | None = TRAINING_SEED, slots: int = 16,
+) -> Iterator[tuple[int, dict[str, AdapterWeights]]]:  # fmt: skip
+    """Train subjects in a bank; gives (steps, adapters by name) at each number of steps in `at`.
+
+    Args:
+        seed: Of the draws of all; None gives each its own.
+    """
+    for start in range(0, len(subjects), slots):
+        part = subjects[start : start + slots]
+        bank = Bank(recipe, len(part), clip)
+        base = bank.objective.built
+
+        def encoded(number: int, subject: Subject, base: Any = base) -> Pictures:
+            shown = subject_pictures(subject, pictures, number)
+            pixels = torch.from_numpy(shown.pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+            return Pictures.encode(base, pixels, captions_of(subject, [s.background for s in shown.scenes]), batch)
+
+        jobs = [
+            AdapterJob(s.name, partial(encoded, start + n, s), max(at), start + n if seed is None else seed)
+            for n, s in enumerate(part)
+        ]
+        list(bank.fill(iter(jobs)))
+        for step in range(1, max(at) + 1):
+            bank.step()
+            if step in at:
+                yield step, {slot.job.id: bank.stack.weights(n) for n, slot in enumerate(bank.slots)}
+
+
+def found_share(
+    painter: Painter, reader: Any, subjects: Sequence[Subject], adapters: Mapping[str, AdapterWeights], seed: int = 0
+) -> list[float]:
+    """Share of each subject's pictures in which it is found."""
+    shares = []
+    for subject in subjects:
+        if subject.name in adapters:
+            prompts, _ = prompts_for(subject)
+            pixels = painter.draw(adapters[subject.name], prompts, [1000 * seed + n for n in range(len(prompts))])
+            shares.append(float(np.mean([found(reading, subject) for reading in reader.read(pixels)])))
+    return shares
+
+
+def _model_only(config: Any) -> Any:
+    from jsonargparse import Namespace
+
+    return Namespace(model=config.clone()["model"])
+
+
+def world_weights() -> Path:
+    from lit_personalize.tinyworld.build import committed_weights
+
+    return committed_weights()
