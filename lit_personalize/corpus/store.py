@@ -94,6 +94,8 @@ class Corpus:
         folder = Path(folder)
         if dtype not in DTYPES:
             raise UsageError(f"dtype {dtype!r} is none of a corpus: use {', '.join(DTYPES)}")
+        if shard_rows < 1:
+            raise UsageError(f"shards of {shard_rows} rows hold nothing: use 512 or so")
         manifest = {
             "format": FORMAT, "width": layout.width, "dtype": dtype, "shard_rows": shard_rows,
             "gauge": "unknown" if init_seed is None else "known", "init_seed": init_seed,
