@@ -143,9 +143,10 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """Of the manifest and of all rows."""
-        told = json.dumps([self.manifest, [shard["sha256"] for shard in self._files]], sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        """Of all numbers, of what they mean, and of whose they are."""
+        told = {name: self.manifest[name] for name in ("layout", "dtype", "base_fingerprint", "init_seed")}
+        rows = [self.ids, self.index["checksum"].to_pylist()]
+        return hashlib.sha256(json.dumps([told, rows], sort_keys=True).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return int(self.index.num_rows)
@@ -305,7 +306,7 @@ class Corpus:
             for place, record in enumerate(records)
         ]
         path = self.folder / shard_name(number)
-        digest = write_shard(path, tensors, {"format": "pt", "litp.corpus": str(FORMAT)})
+        digest = write_shard(path, tensors, {"litp.corpus": str(FORMAT)})
         told = {"file": path.name, "rows": len(rows), "sha256": digest, "error": max(errors)}
         index = index_files.extended(self.index, lines, told)
         index_files.write_index(self.folder / INDEX, index)
