@@ -12,7 +12,9 @@ median over the rounds.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import mmap
 import os
 import random
 import statistics
@@ -60,12 +62,30 @@ def write(folder: Path, rows: int, shard_rows: int) -> Corpus:
 
 
 def drop(folder: Path) -> None:
-    """Let the system forget the files' pages."""
+    """Let the system forget the files' pages; those that are mapped would stay, and a corpus leaves none."""
     for path in folder.glob("shard-*"):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
+
+
+def resident(folder: Path) -> float:
+    """The share of the files' pages that are in memory (`mincore`)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    inside = total = 0
+    for path in folder.glob("shard-*"):
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+            pages = -(-len(mapped) // mmap.PAGESIZE)
+            found = (ctypes.c_ubyte * pages)()
+            view = ctypes.c_char.from_buffer(mapped)
+            place = ctypes.c_void_p(ctypes.addressof(view))
+            if libc.mincore(place, ctypes.c_size_t(len(mapped)), found):
+                raise OSError(ctypes.get_errno(), "mincore")
+            del view
+            inside += sum(page & 1 for page in found)
+            total += pages
+    return inside / total
 
 
 class Bare:
@@ -98,6 +118,8 @@ class Bare:
 def timed(work: Callable[[], object], folder: Path, cold: bool) -> float:
     if cold:
         drop(folder)
+        if (left := resident(folder)) > 0.01:
+            raise RuntimeError(f"{left:.0%} of the files' pages are still in memory")
     else:
         work()
     start = time.perf_counter()
@@ -115,7 +137,7 @@ def measure(folder: Path, count: int, rounds: int) -> dict[str, Any]:
         seconds: dict[str, list[float]] = {"ours": [], "bare": []}
         for round_ in range(rounds):
             rows = chance.sample(range(total), count)
-            corpus = Corpus.open(folder)  # no page is mapped yet
+            corpus = Corpus.open(folder)
             works = _scans(corpus, bare) if name.startswith("full") else _gathers(corpus, bare, rows)
             for who in sorted(works, reverse=bool(round_ % 2)):
                 seconds[who].append(timed(works[who], folder, cold))

@@ -207,6 +207,8 @@ class Corpus:
             for place in group:
                 shard, row = places[place]
                 self._shard(shard).read(row, found[place : place + 1])
+        for shard in {shard for shard, _ in places}:
+            self._shard(shard).forget()
         return found
 
     def row(self, id: str) -> Tensor:  # noqa: A002 - the word of the index
