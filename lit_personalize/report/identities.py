@@ -67,7 +67,7 @@ class Painter:
         base = self.objective.built
         if weights is None:
             return generate(base, prompts, seeds, None, OPTIONS)
-        factors = {}
+        factors: dict[str, torch.Tensor] = {}
         for layer, low_rank in weights.low_rank.items():
             factors |= {f"{layer}:A": low_rank.down, f"{layer}:B": low_rank.up}
         self.lora.restore(factors)
