@@ -172,11 +172,15 @@ class Corpus:
 
     # ---- reading ----------------------------------------------------------------------------------
 
-    def blocks(self, rows: int) -> Iterator[Tensor]:
-        """All rows in order, at most `rows` at a time, each block a fresh fp32 `[<=rows, D]`; out of core."""
+    def blocks(self, rows: int, out: Tensor | None = None) -> Iterator[Tensor]:
+        """All rows in order, at most `rows` at a time, fp32 `[<=rows, D]`; out of core.
+
+        Args:
+            out: Memory for the blocks, `[rows, D]`, each of which then lives until the next one; else each has its own.
+        """
         for first in range(0, len(self), rows):
             last = min(first + rows, len(self))
-            block = torch.empty(last - first, self.width)
+            block = torch.empty(last - first, self.width) if out is None else out[: last - first]
             done = 0
             for number, begin, end in pieces(self._starts, first, last):
                 shard = self._shard(number)
@@ -185,8 +189,11 @@ class Corpus:
                 shard.forget()
             yield block
 
-    def gather(self, indices: Sequence[int]) -> Tensor:
+    def gather(self, indices: Sequence[int], out: Tensor | None = None) -> Tensor:
         """Rows by their number, in the order asked for, fp32 `[n, D]`.
+
+        Args:
+            out: Memory for them, of that shape, which may be used again.
 
         Raises:
             IndexError: There are not that many.
@@ -199,7 +206,7 @@ class Corpus:
             shard = bisect_right(self._starts, number) - 1
             places.append((shard, number - self._starts[shard]))
         order = sorted(range(len(places)), key=places.__getitem__)  # as they lie on the disk
-        found = torch.empty(len(places), self.width)
+        found = torch.empty(len(places), self.width) if out is None else out
         for first in range(0, len(order), ADVISED):
             group = order[first : first + ADVISED]
             for place in group:

@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[2]
 PROGRAM, RESULT = ROOT / "benchmarks/corpus_store.py", ROOT / "benchmarks/corpus_store_cpu.json"
 ROWS = {
     "random rows, cold": "512 random rows, no page in memory",
-    "random rows, warm": "512 random rows, every page in memory",
+    "random rows, warm": "512 random rows, their pages in memory",
     "full scan, cold": "all rows in order, no page in memory",
-    "full scan, warm": "all rows in order, every page in memory",
+    "full scan, warm": "all rows in order, their pages in memory",
 }
 
 

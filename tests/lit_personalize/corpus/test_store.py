@@ -73,8 +73,11 @@ def test_reading_gives_rows_in_any_order_and_block(tmp_path: Path) -> None:
         blocks = list(read.blocks(size))
         assert [len(block) for block in blocks] == [min(size, 11 - i) for i in range(0, 11, size)]
         assert torch.equal(torch.cat(blocks), rows)
-    order = [10, 0, 7, 7, 3, -1]
+    order, out = [10, 0, 7, 7, 3, -1], torch.empty(6, read.width)
     assert torch.equal(read.gather(order), rows[order])
+    assert read.gather(order, out).data_ptr() == out.data_ptr() and torch.equal(out, rows[order])
+    for first, block in zip((0, 6), read.blocks(6, out), strict=True):
+        assert block.data_ptr() == out.data_ptr() and torch.equal(block, rows[first : first + 6])
     assert torch.equal(read.row("a6"), rows[6])
     assert torch.equal(LAYOUT.flatten(read.adapter("a6")), rows[6])
     with pytest.raises(IndexError):
