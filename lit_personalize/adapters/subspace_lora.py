@@ -1,4 +1,4 @@
-"""LoRA within the space of a corpus: coefficients are all that trains (Dravid et al., 2024, arXiv 2406.09413, sec. 3.5).
+"""LoRA in the space of a corpus: coefficients are all that trains (Dravid et al., 2024, arXiv 2406.09413, sec. 3.5).
 
 θ = (β V) · deviation + mean, and the slices of θ are the factors A and B of every layer: y = W0 x + s·B(β)·A(β)·x. θ is
 one product of β `[k]` with V `[k, D]` a step, and its backward another: dβ = (dθ · deviation) Vᵀ. β = 0 is the mean

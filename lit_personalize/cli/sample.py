@@ -27,7 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--k-lora", nargs=2, metavar=("CONTENT", "STYLE"),
                         help="two LoRAs of which each layer applies one at a time, the style's later")  # fmt: skip
     parser.add_argument("--delayed", nargs=3, metavar=("ORIGINAL", "EDITED", "TIMESTEP"),
-                        help="an adapter, and from a timestep of the noise schedule on, such as 700 of 1000, its edit")  # fmt: skip
+                        help="an adapter, and from a timestep of the noise schedule on, such as 700 of 1000, its "
+                        "edit")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=6.0)

@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--by", type=float, nargs="+", default=[1.0], metavar="ALPHA",
                         help="how far, in the corpus's deviations along the direction; several give a folder "
                         "each")  # fmt: skip
-    parser.add_argument("--without", default="", metavar="LABEL,...", help="attributes that are taken out of the direction")
+    parser.add_argument("--without", default="", metavar="LABEL,...", help="attributes taken out of the direction")
     parser.add_argument("--removal", choices=("sequential", "orthogonal"), default="sequential",
                         help="one after the other, as the paper, or all that they span")  # fmt: skip
     add_directions(parser)
@@ -58,7 +58,8 @@ def main(arguments: list[str]) -> int:
         emit({"classes": direction.classes, "counts": list(direction.counts), "adapters": records}, True)
         return 0
     measure = "balanced accuracy" if direction.classes else "correlation"
-    print(f"{direction.name}: {measure} {direction.held_out:.3f} on adapters held out, in {told['components']} components")
+    held_out = f"{measure} {direction.held_out:.3f} on adapters held out"
+    print(f"{direction.name}: {held_out}, in {told['components']} components")
     if others:
         print(f"without {', '.join(others)}: {direction.kept:.0%} of the direction is left")
     if point.residual:

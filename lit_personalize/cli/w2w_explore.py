@@ -12,8 +12,8 @@ from lit_personalize.cli.w2w_space import POINT, add_directions, add_space, open
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="litp w2w explore",
-        description="Write one HTML file that needs no network: a scatter of the corpus on chosen components, directions "
-        "of its labels with pictures along them, and the nearest adapters of each.",
+        description="Write one HTML file that needs no network: a scatter of the corpus on chosen components, "
+        "directions of its labels with pictures along them, and the nearest adapters of each.",
     )
     add_space(parser, "gives labels")
     parser.add_argument("-o", "--out", type=Path, required=True, help="the HTML file")
@@ -21,8 +21,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--labels", nargs="+", metavar="LABEL", help="shown; default: all of the corpus")
     add_directions(parser)
     parser.add_argument("--prompt", help="draw pictures along directions with this prompt")
-    parser.add_argument("--strips", nargs="+", metavar="LABEL", help="whose directions; default: the four that are best "
-                        "read from weights")  # fmt: skip
+    parser.add_argument("--strips", nargs="+", metavar="LABEL", help="whose directions; default: the four that are "
+                        "best read from weights")  # fmt: skip
     parser.add_argument("--of", default="mean", metavar="ADAPTER", help=f"where strips begin: {POINT}")
     parser.add_argument("--by", type=float, nargs="+", default=[-3, -1.5, 0, 1.5, 3], metavar="ALPHA",
                         help="how far, in the corpus's deviations")  # fmt: skip
@@ -53,7 +53,8 @@ def main(arguments: list[str]) -> int:
     space = opened.space
     labels = opened.labels() if opened.corpus is not None else {}
     if unknown := [name for name in (*(options.labels or ()), *(options.strips or ())) if name not in labels]:
-        raise UsageError(f"there is no label {unknown[0]!r}; {'the corpus has ' + ', '.join(labels) if labels else 'name the --corpus that has it'}")
+        fix = f"the corpus has {', '.join(labels)}" if labels else "name the --corpus that has it"
+        raise UsageError(f"there is no label {unknown[0]!r}; {fix}")
     if options.labels:
         labels = {name: values for name, values in labels.items() if name in {*options.labels, *(options.strips or ())}}
     made = Exploration(space, labels, directions_of(space, labels, options.method, options.components, options.folds))

@@ -25,8 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE", help="of one subject")
     parser.add_argument("--prompt", required=True, help='their caption, as the corpus had it: "sks person"')
     parser.add_argument("--mask", type=Path, nargs="+", help="for each picture one, white where the loss counts")
-    parser.add_argument("--components", type=int, help="that train; default: 10000, or as many as there are; of pictures "
-                        "unlike the corpus 1000, with --lr 1 --weight-decay 0 --steps 800")  # fmt: skip
+    parser.add_argument("--components", type=int, help="that train; default: 10000, or as many as there are; of "
+                        "pictures unlike the corpus 1000, with --lr 1 --weight-decay 0 --steps 800")  # fmt: skip
     parser.add_argument("--steps", type=int, help="default: the recipe's, 400")
     parser.add_argument("--lr", type=float, help="default: the recipe's, 0.1")
     parser.add_argument("--weight-decay", type=float, help="default: the recipe's, 1e-10")

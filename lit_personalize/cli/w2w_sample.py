@@ -16,7 +16,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--count", type=int, default=1, help="how many; each has a folder of its own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--spread", type=float, default=1.0, help="factor of the corpus's deviations")
-    parser.add_argument("--components", type=int, help="drawn; the others stay 0; default: 1000, or as many as there are")
+    parser.add_argument("--components", type=int, help="drawn; the others stay 0; default: 1000, or all if fewer")
     add_output(parser, "folder for SEED-NUMBER/ with LoRA files and w2w.json")
     return parser
 

@@ -35,11 +35,11 @@ def write_space(made: Exploration, path: Path, title: str, components: int = 32)
     """
     space = made.space
     count = min(components, len(space))
-    packed, scales = quantised(space.coefficients[:, :count])
     classes = {d.name: d.classes for d in made.directions}
     thumbnails = {name: _thumbnail(picture) for name, picture in made.thumbnails.items()}
     payload = {
-        "ids": space.ids, "components": count, "packed": packed, "scales": scales, "shares": made.shares[:count],
+        "ids": space.ids, "components": count, "shares": made.shares[:count],
+        "coefficients": quantised(space.coefficients[:, :count]), "along": quantised(made.along),
         "labels": {name: label_bytes(values, classes.get(name, False)) for name, values in made.labels.items()},
         "directions": {
             d.name: [float(x) * d.deviation for x in d.vector[:count]] for d in made.directions
@@ -48,7 +48,10 @@ def write_space(made: Exploration, path: Path, title: str, components: int = 32)
     }  # fmt: skip
     shares = made.shares
     strips = {
-        strip.name: [(_number(by), _uri(pixels), max(pixels.shape[:2])) for by, pixels in zip(strip.steps, strip.pictures)]
+        strip.name: [
+            (_number(by), _uri(pixels), max(pixels.shape[:2]))
+            for by, pixels in zip(strip.steps, strip.pictures, strict=True)
+        ]
         for strip in made.strips
     }
     return write_page(

@@ -53,6 +53,13 @@ class Exploration:
     """Id -> picture."""
 
     @property
+    def along(self) -> Tensor:
+        """Where the adapters stand along each direction, in deviations of the corpus, `[n, directions]`."""
+        beta = self.space.coefficients
+        columns = [beta[:, : len(d.vector)] @ d.vector / (d.deviation or 1.0) for d in self.directions]
+        return torch.stack(columns, 1) if columns else beta[:, :0]
+
+    @property
     def shares(self) -> list[float]:
         """Of the corpus's variance, of every component; of that of all components where the corpus's is not known."""
         total = float(self.space.details.get("total_variance") or self.space.variances.sum())
@@ -99,11 +106,11 @@ def draw_strip(
     return Strip(direction.name, list(steps), np.stack(drawn))
 
 
-def quantised(coefficients: Tensor) -> tuple[str, list[float]]:
-    """Coefficients `[n, c]` as little-endian int16 in base64, row by row, and by component what one unit is."""
+def quantised(coefficients: Tensor) -> dict[str, Any]:
+    """Numbers `[n, c]` as little-endian int16 in base64, row by row, and by column what one unit is."""
     scales = coefficients.abs().amax(dim=0).clamp(min=1e-30) / 32767
     units = torch.round(coefficients / scales).to(torch.int16).numpy().astype("<i2")
-    return base64.b64encode(units.tobytes()).decode(), [float(s) for s in scales]
+    return {"packed": base64.b64encode(units.tobytes()).decode(), "scales": [float(s) for s in scales]}
 
 
 def label_bytes(values: Tensor, classes: bool) -> dict[str, Any]:

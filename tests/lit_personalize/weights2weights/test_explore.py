@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import html
+import io
 import json
 import re
 import shutil
@@ -35,9 +38,6 @@ def page(planted: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
         Image.new("RGB", (200, 100), (4 * number, 80, 90)).save(pictures / f"critter-{number:02d}" / "0.png")
     given = ["w2w", "explore", str(planted.folder), "--corpus", str(planted.corpus), "-o", str(folder / "space.html")]
     drawn = ["--prompt", "<b>a</b> cat", "--strips", "beard", "hat", "--by", "-2", "0", "2", "--steps", "2"]
-    import contextlib
-    import io
-
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert main([*given, *drawn, "--pictures", str(pictures), "--embed", "6", "--title", "<i>", "--json"]) == 0
     return folder / "space.html", json.loads(out.getvalue())
@@ -50,7 +50,7 @@ def test_the_page_is_one_file_of_text_and_pictures(page: tuple[Path, dict[str, A
     places = re.findall(r"(?:src|href)=\"([^\"]*)\"", source)
     assert len([place for place in places if place.startswith("data:image/png;base64,")]) == 6
     assert all(place.startswith("data:image/") for place in places)
-    assert "<i>" not in source.replace("<i></i>", "").split("</style>")[1].split("<table>")[0] and "&lt;b&gt;a&lt;/b&gt; cat" in source
+    assert "<h1>&lt;i&gt;</h1>" in source and "&lt;b&gt;a&lt;/b&gt; cat" in source and "<b>a" not in source
     ids = re.findall(r" id=\"([^\"]*)\"", source)
     assert len(ids) == len(set(ids)) and report["bytes"] == path.stat().st_size < 200_000
     assert report["strips"] == ["beard", "hat"] and report["adapters"] == 60
@@ -66,18 +66,17 @@ def test_directions_are_told_with_what_they_read_of_others(planted: Any, page: t
 
 
 def test_coefficients_survive_being_packed(planted: Any) -> None:
-    import base64
-
     coefficients = planted.space.coefficients
-    text, scales = quantised(coefficients)
-    back = torch.from_numpy(np.frombuffer(base64.b64decode(text), "<i2").astype(np.float32)).reshape(60, 8)
-    error = (back * torch.tensor(scales) - coefficients).abs().amax(0)
+    told = quantised(coefficients)
+    back = torch.from_numpy(np.frombuffer(base64.b64decode(told["packed"]), "<i2").astype(np.float32)).reshape(60, 8)
+    error = (back * torch.tensor(told["scales"]) - coefficients).abs().amax(0)
     assert bool((error <= coefficients.abs().amax(0) / 60000).all())
     values = torch.tensor([1.0, float("nan"), 3.0, 2.0])
     packed = label_bytes(values, False)
     assert (packed["low"], packed["high"]) == (1, 3)
     assert list(base64.b64decode(packed["values"])) == [0, UNKNOWN, 254, 127]
-    assert list(base64.b64decode(label_bytes(torch.tensor([-1.0, 1.0, float("nan")]), True)["values"])) == [0, 1, UNKNOWN]
+    packed = label_bytes(torch.tensor([-1.0, 1.0, float("nan")]), True)
+    assert list(base64.b64decode(packed["values"])) == [0, 1, UNKNOWN]
 
 
 def test_a_strip_changes_along_its_direction_alone(planted: Any) -> None:
@@ -114,7 +113,9 @@ def test_wrong_input_gets_one_sentence(
 
 @pytest.mark.chromium
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-def test_choosing_and_comparing_work_in_a_browser(planted: Any, page: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_choosing_and_comparing_work_in_a_browser(
+    planted: Any, page: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     """A probe behind the page's own script clicks, types and chooses, and notes what the page then shows."""
     probe = """<script>
     const notes = [], near = () => [...document.querySelectorAll("#near button")].map(b => b.dataset.id);
@@ -129,10 +130,15 @@ def test_choosing_and_comparing_work_in_a_browser(planted: Any, page: tuple[Path
     const [x, y] = place(byId.get("critter-42")), size = canvas.getBoundingClientRect();
     canvas.dispatchEvent(new MouseEvent("click", {clientX: size.left + x + 1, clientY: size.top + y}));
     notes.push(name(), document.querySelectorAll("#chosen img").length);
-    const before = inked(); set(colour, "age", "change"); notes.push(inked() !== before, get("legend").textContent.trim());
+    const before = inked(); set(colour, "age", "change");
+    notes.push(inked() !== before, get("legend").textContent.trim());
     document.querySelector("[data-colour=beard]").click(); notes.push(colour.value, get("legend").textContent);
-    const order = space.ids[[...space.ids.keys()].sort((a, b) => points[a * width + 2] - points[b * width + 2])[0]];
-    set(find, order, "input"); canvas.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowLeft"})); notes.push(name());
+    const order = [...space.ids.keys()].sort((a, b) => points[a * width + 2] - points[b * width + 2]);
+    set(find, space.ids[order[0]], "input");
+    canvas.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowLeft"})); notes.push(name());
+    set(across, String(width + named.indexOf("beard")), "change");
+    order.sort((a, b) => at(b, axes[0]) - at(a, axes[0]));
+    notes.push(across.selectedOptions[0].text, order.slice(0, 5));
     notes.push(document.documentElement.scrollWidth <= innerWidth);
     document.title = JSON.stringify(notes);
     </script></body>"""
@@ -150,8 +156,10 @@ def test_choosing_and_comparing_work_in_a_browser(planted: Any, page: tuple[Path
         return [space.ids[j] for j in order if j != number][:10]
 
     ages = [f"{float(v):.3g}" for v in (planted.factors[:, 2].min(), planted.factors[:, 2].max())]
+    beard = find(space.coefficients, (planted.factors[:, 0] > 0).float(), "beard")
+    most = (space.coefficients @ beard.vector).argsort(descending=True)[:5].tolist()
     last = space.ids[int(beta[:, 2].argmax())]
     assert notes == [
         "critter-00", near(0), "critter-17", near(17), near(17)[2], "critter-42", 1, True, " ".join(ages), "beard",
-        "beardnot beard", last, True,
+        "beardnot beard", last, "direction beard", most, True,
     ], done.stderr  # fmt: skip

@@ -182,7 +182,7 @@ def test_masks_are_one_for_each_picture(planted: Any, tmp_path: Path, capsys: py
 
 
 def test_an_edit_is_applied_from_its_timestep_on(planted: Any) -> None:
-    """At T = 0 the original's picture, above all timesteps the edit's; between, the latents part at T and not before."""
+    """Below all timesteps T gives the original's latents, above all the edit's; between, the edit from T on."""
     space: Subspace = planted.space
     pair = [space.weights_of(space.coefficients[number]) for number in (0, 1)]
     options = SamplingOptions(steps=4, guidance=1.0)
@@ -203,7 +203,8 @@ def test_an_edit_is_applied_from_its_timestep_on(planted: Any) -> None:
             asked.append((timestep, self.weights is self.stages[1]))
 
     between = latents(Noting(*pair, timestep=500))
-    assert len(asked) == 5 and all(edits == (t <= 500) for t, edits in asked) and {e for _, e in asked} == {True, False}
+    assert len(asked) == 5 and all(edits == (t <= 500) for t, edits in asked)
+    assert {edits for _, edits in asked} == {True, False}
     assert not torch.equal(between, original) and not torch.equal(between, edited)
     with pytest.raises(UsageError, match="different layers"):
         fewer = space.weights_of(space.coefficients[0])
