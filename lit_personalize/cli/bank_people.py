@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +44,7 @@ def rows_of(source: str, tolerate: int = 0) -> Found:
         found = list(_of_folder(Path(source)))
     rows = [row for row in found if isinstance(row, Row)]
     faults = [row for row in found if isinstance(row, str)]
-    seen: set[str] = set()
-    if twice := sorted({row.id for row in rows if row.id in seen or seen.add(row.id)}):
+    if twice := sorted(name for name, count in Counter(row.id for row in rows).items() if count > 1):
         raise DataError(f"{source}: {_some(twice)} stand more than once; every adapter has an id of its own")
     if len(faults) > tolerate:
         budget = f" (--tolerate {tolerate})" if tolerate else ""
