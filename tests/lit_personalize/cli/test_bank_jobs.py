@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -128,6 +127,7 @@ def test_others_carry_on_and_failures_are_put_back(
     picture = tmp_path / "people/c01/00000.png"
     whole = picture.read_bytes()
     picture.write_bytes(b"no picture")
+    capsys.readouterr()
     run = ["bank", "run", str(out), "--json", "--verify", "none"]
     assert main(run) == 3
     first = json.loads(capsys.readouterr().out)
@@ -188,4 +188,3 @@ def test_a_worker_gives_up_what_others_took(
         assert (found["done"], found["finished here"], found["steps"]) == (2, 1, 6), "two steps were in the checkpoint"
         assert ledger.read("done/c02")["attempt"] == 2 and other.held == {"c00": 2}
         assert state(out, capsys)["running"][0]["adapters"] == ["c00"]
-    shutil.rmtree(out)
