@@ -51,7 +51,7 @@ def test_every_adapter_once_though_tasks_are_killed_and_requeued(
     out = tmp_path / "corpus"
     capsys.readouterr()
     assert main(["slurm", "submit", "bank", "corpus", "--profile", "box", "--slurm.array", f"0-{TASKS - 1}",
-                 "--slots", "2", "--verify", "none"]) == 0  # fmt: skip
+                 "--slots", "2", "--verify", "none", "--expiry", "60"]) == 0  # fmt: skip
     job = capsys.readouterr().out.strip()
     draw, ledger = random.Random(7), Ledger(out / "jobs")
     ways, killed, after = ["SIGKILL", "requeue"], {}, draw.randrange(3)
