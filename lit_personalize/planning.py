@@ -170,8 +170,10 @@ def _counted(
         with _collecting(refused):
             pictures = count_pictures(data, objective)
     pictures = pictures or without_data(objective, config.data.init_args)
-    notes = [f"pictures are not counted: {pictures.missing}"] if pictures.missing else []
+    notes = [f"pictures are not counted: {pictures.missing}"] if pictures.missing and not pictures.damaged else []
     schedule = _schedule(built.trainer, pictures, ranks)
+    if pictures.damaged:
+        refused.append(pictures.missing)
     refused += _refusals(built, strategy, pictures, ranks, schedule["optimizer_steps"])
     averaged = built.ema is not None
     with mode, contextlib.suppress(UsageError):  # which is among the reasons

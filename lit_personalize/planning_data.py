@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lit_personalize.errors import DataError
@@ -21,7 +22,9 @@ class Pictures:
     places: int | None = None
     """Instances of an epoch: pictures times their repeats."""
     missing: str = ""
-    """Why they are not counted."""
+    """Why pictures are not counted."""
+    damaged: bool = False
+    """Whether what is missing is there, so that `fit` would refuse it; a plan may be made before there are pictures."""
 
 
 def count_pictures(data: Any, objective: Denoising) -> Pictures:
@@ -49,6 +52,7 @@ def count_pictures(data: Any, objective: Denoising) -> Pictures:
         if getattr(error, "exit_code", None) != DataError.exit_code:
             raise
         found.missing = str(error)
+        found.damaged = all(Path(concept.path).exists() for concept in data.concepts)
         return found
     else:
         buckets = data.order.buckets

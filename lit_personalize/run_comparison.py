@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -181,8 +182,10 @@ def _in_order(made: Comparison, by: str) -> Comparison:
         if any(isinstance(value, (list, dict)) for _, _, value in keys):
             raise UsageError(f"--by {by}: its values are lists, which have no order")
     else:
-        known = ", ".join([*made.figures, *made.configuration]) or "none: no run has logged anything"
-        raise UsageError(f"--by {by}: these runs have no such figure; there are {known}")
+        known = ", ".join(made.figures) or "none, for no run has logged anything"
+        near = difflib.get_close_matches(by, [*made.figures, *made.configuration], 3, 0.5)
+        meant = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise UsageError(f"--by {by}: these runs have no such figure or key; figures: {known}{meant}")
     order = sorted(range(len(made.runs)), key=keys.__getitem__)
 
     def rows(table: Mapping[str, list[Any]]) -> dict[str, list[Any]]:

@@ -69,7 +69,7 @@ class KLoRA(LoadedAdapter):
         super().attach(base, seed)
         self.at(0.0)
 
-    def at(self, progress: float) -> None:
+    def at(self, progress: float, timestep: float = 0.0) -> None:
         """Give every layer the LoRA that is chosen at this share of the denoising."""
         for layer in self.scores:
             chosen = (self.style if self.takes_style(layer, progress) else self.content)[layer]

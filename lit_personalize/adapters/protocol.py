@@ -244,8 +244,12 @@ class Adapter(nn.Module, ABC):
     def leave_rounding_to(self, fused: Collection[str]) -> None:
         """Hear which layers now run kernels that read fp32 factors; most adapters hand out whole weights."""
 
-    def at(self, progress: float) -> None:
-        """Hear from a sampler, before each prediction, which share of the denoising is done; most do not care."""
+    def at(self, progress: float, timestep: float = 0.0) -> None:
+        """Hear from a sampler, before each prediction, which share of the denoising is done; most do not care.
+
+        Args:
+            timestep: Of the noise schedule, at which the base is asked.
+        """
 
     def set_active(self, active: bool) -> None:
         """Switch the adapter on or off without touching its factors."""

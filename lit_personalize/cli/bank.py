@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lit_personalize.cli import bank_jobs, bank_plan, bank_run
+from lit_personalize.cli import bank_jobs, bank_plan, bank_run, bank_store
 
 VERBS = {
     "plan": ("write a job table: one row for each adapter", bank_jobs.add_plan_verb, bank_jobs.plan_verb),
@@ -20,12 +20,15 @@ TRAINS = ("plan", "run")
 def build_parser() -> argparse.ArgumentParser:
     about = "Train many adapters in one batched pass, each as if it were alone."
     parser = argparse.ArgumentParser(prog="litp bank", description=about)
-    verbs = parser.add_subparsers(dest="what", required=True, metavar="|".join(VERBS))
+    verbs = parser.add_subparsers(dest="what", required=True, metavar="|".join((*VERBS, "pack", "get")))
     for name, (text, add, _) in VERBS.items():
         add(verbs.add_parser(name, help=text, epilog=bank_plan.FURTHER if name in TRAINS else None))
+    bank_store.add_verbs(verbs)
     return parser
 
 
 def main(arguments: list[str]) -> int:
     options, rest = build_parser().parse_known_args(arguments)
+    if options.what not in VERBS:
+        return bank_store.main(build_parser().parse_args(arguments))  # which refuses what is left over
     return VERBS[options.what][2](options, rest)

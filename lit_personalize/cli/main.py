@@ -15,6 +15,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "init": ("init", "write a run.yaml for a folder of pictures"),
     "fit": ("fit", "train, export, verify; the same command continues"),
     "bank": ("bank", "train many adapters in one batched pass"),
+    "w2w": ("w2w", "sample, edit, invert, merge and explore in the space of a corpus of adapters"),
     "plan": ("plan", "count memory, steps, time and disk of a run before it"),
     "sample": ("sample", "draw pictures with a base and adapters"),
     "edit": ("edit", "change words of a prompt and keep the picture or photo; show where words act"),

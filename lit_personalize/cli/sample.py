@@ -26,6 +26,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--grid", action="store_true", help="draw each adapter by itself, side by side")
     parser.add_argument("--k-lora", nargs=2, metavar=("CONTENT", "STYLE"),
                         help="two LoRAs of which each layer applies one at a time, the style's later")  # fmt: skip
+    parser.add_argument("--delayed", nargs=3, metavar=("ORIGINAL", "EDITED", "TIMESTEP"),
+                        help="an adapter, and from a timestep of the noise schedule on, such as 700 of 1000, its "
+                        "edit")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=6.0)
@@ -65,6 +68,8 @@ def main(arguments: list[str]) -> int:
     sources = [source_of(entry, options.force) for entry in options.adapter]
     if options.k_lora:
         sources.append(_k_lora(options.k_lora, options.force))
+    if options.delayed:
+        sources.append(_delayed(options.delayed, options.force))
     if not sources and (options.grid or options.strengths != [1.0]):
         raise UsageError("--grid and --strengths are of adapters: name one with --adapter")
     how = SamplingOptions(options.steps, options.guidance, options.negative, options.scheduler)
@@ -78,6 +83,27 @@ def main(arguments: list[str]) -> int:
     else:
         print(*(picture["file"] for picture in drawn), grid, page, sep="\n")
     return 0
+
+
+def _delayed(given: list[str], force: bool) -> Source:
+    from lit_personalize.adapters.delayed import Delayed
+    from lit_personalize.errors import UsageError
+    from lit_personalize.export.loading import exports_of, read_adapter
+    from lit_personalize.sampling.cells import Source
+
+    *places, told = given
+    try:
+        timestep = float(told)
+    except ValueError:
+        raise UsageError(f"--delayed ORIGINAL EDITED TIMESTEP: {told!r} is no timestep, such as 700") from None
+
+    def attach(base: Base) -> Delayed:
+        original, edited = (read_adapter(exports_of(Path(place)), base, force) for place in places)
+        adapter = Delayed(original, edited, timestep)
+        adapter.attach(base)
+        return adapter
+
+    return Source(f"{Path(places[0]).name}, from {told} on {Path(places[1]).name}", attach)
 
 
 def _k_lora(places: list[str], force: bool) -> Source:

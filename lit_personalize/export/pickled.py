@@ -6,6 +6,7 @@ import pickle
 import re
 import struct
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -31,8 +32,11 @@ def is_pickle(path: Path) -> bool:
     return head.startswith(MAGIC[0]) or (head.startswith(MAGIC[1]) and head[8:9] != b"{")
 
 
-def read_pickle(path: Path) -> object:
+def read_pickle(path: Path, mapped: bool = False) -> object:
     """What a file of `torch.save` holds, by PyTorch's reader of weights alone (`weights_only=True`), on the CPU.
+
+    Args:
+        mapped: Leave the tensors' bytes on the disk until they are used; not for the format before PyTorch 1.6.
 
     Raises:
         DataError: It wants to run code, is damaged, or is none of `torch.save`.
@@ -42,6 +46,8 @@ def read_pickle(path: Path) -> object:
     try:
         with warnings.catch_warnings(), path.open("rb") as stream:  # by its name torch.load may take another reader
             warnings.simplefilter("ignore")  # of protocols and archives, before the error that says the same
+            if mapped and path.suffix == ".pt" and zipfile.is_zipfile(path):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             return torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = GLOBAL.search(str(error))

@@ -118,7 +118,7 @@ def _ddim_path(base: Base, prompt: str, latent: Tensor, options: SamplingOptions
 
 def _predict(base: Base, number: int, scheduler: Any, z: Tensor, conditioning: Conditioning) -> Tensor:
     for adapter in base.adapters:
-        adapter.at(number / len(scheduler.timesteps))
+        adapter.at(number / len(scheduler.timesteps), float(scheduler.timesteps[number]))
     return base.predict_active(z, scheduler.timesteps[number].expand(len(z)).to(base.device), conditioning)
 
 

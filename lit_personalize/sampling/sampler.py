@@ -118,7 +118,7 @@ def denoise(
     with frozen:
         for number, t in enumerate(scheduler.timesteps):
             for adapter in base.adapters:
-                adapter.at(number / steps)
+                adapter.at(number / steps, float(t))
             if steer is not None:
                 conditioning = steer(number, steps, conditioning)
             model_input = scheduler.scale_model_input(torch.cat([z, z]) if guided else z, t)

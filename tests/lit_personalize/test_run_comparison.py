@@ -72,7 +72,7 @@ def test_sorted_by_a_figure_or_a_key(root: Path) -> None:
 
     assert names("loss") == ["s-2", "s-1", "s-0"] and names("images_per_second") == ["s-2", "s-1", "s-0"]
     assert names("model.init_args.adapters.0.init_args.rank") == ["s-0", "s-2", "s-1"]
-    with pytest.raises(UsageError, match="these runs have no such figure; there are loss, images_per_second"):
+    with pytest.raises(UsageError, match="no such figure or key; figures: loss, images_per_second"):
         names("lost")
 
 

@@ -134,3 +134,15 @@ def test_a_probe_trains_here_and_leaves_nothing(
     assert not (here / "runs").exists()
     assert main(["plan", "-c", run, "--probe", "1"]) == 2
     assert "at least 2 steps" in capsys.readouterr().err
+
+
+def test_pictures_that_cannot_be_used_are_refused_and_missing_ones_are_not(
+    tiny_bases: dict[str, Path], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = write_run(tiny_bases["sd1"], [TOKEN])
+    (here / "photos/00001.png").write_bytes(b"no picture")
+    report = told(capsys, "-c", written, code=2)
+    assert any("00001.png" in reason for reason in report["refused"]) and not report["notes"]
+    shutil.rmtree(here / "photos")
+    report = told(capsys, "-c", written)
+    assert not report["refused"] and any("not counted" in note for note in report["notes"])
