@@ -184,15 +184,14 @@ class Production:
     def _wait(self) -> bool:
         """Whether there may be more to claim: put back by somebody, or of an owner that has died.
 
-        Others that live finish their own. One that was silent for a while is waited for: it beats, or expires.
+        Others that live finish their own; how long they are waited for is until their next heartbeat, or they expire.
         """
         since, told = time.monotonic(), False
         while ages := self.owner.silent():
             if any(age > self.owner.expiry for age in ages.values()):
                 return True
-            waited = time.monotonic() - since
-            if not any(age > waited + 2 * self.owner.expiry / BEATS for age in ages.values()):
-                break
+            if all(age < time.monotonic() - since for age in ages.values()):
+                break  # each has shown its heartbeat since
             if not told:
                 log.info("waiting for %s, silent for %.0f s", ", ".join(sorted(ages)), max(ages.values()))
                 told = True

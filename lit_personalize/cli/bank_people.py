@@ -137,7 +137,7 @@ def _row(path: Path, line: int, values: dict[str, str], labels: Any) -> Row | st
             numbers[column] = kind(text) if text else None
         except ValueError:
             return f"line {line}: {column} of {name} is {text!r}, which is no {'whole ' * (kind is int)}number"
-    if (numbers["steps"] or 1) < 1:
+    if numbers["steps"] is not None and numbers["steps"] < 1:
         return f"line {line}: steps of {name} must be at least 1, not {numbers['steps']}"
     words: dict[str, Any] = {column: values.get(column) or None for column in WORDS}
     places = [str((path.parent / part.strip()).absolute()) for part in values["images"].split(";") if part.strip()]

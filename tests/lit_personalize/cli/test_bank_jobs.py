@@ -163,7 +163,7 @@ def test_a_worker_gives_up_what_others_took(
     from lit_personalize.bank.engine import Bank
 
     out = planned(tmp_path, tiny_bases["sd1"], "bank", 3)
-    run = ["bank", "run", str(out), "--shard", "0/2", "--slots", "3", "--verify", "none", "--json"]
+    run = ["bank", "run", str(out), "--shard", "0/2", "--slots", "3", "--verify", "none", "--json", "--expiry", "20"]
     original = Bank.step
 
     def step(bank: Bank) -> dict[int, str]:
@@ -180,7 +180,7 @@ def test_a_worker_gives_up_what_others_took(
     assert sorted(ledger.names("claims")) == ["c00.1", "c01.1", "c02.1"]
     (owner,) = ledger.names("owners")
     os.utime(out / "jobs/owners" / owner, (time.time() - 10_000,) * 2)
-    with Owner(ledger, "other") as other:
+    with Owner(ledger, "other", 20) as other:
         assert other.claim("c00") and other.claim("c01")
         other.finish("c01", {})
         assert main(run) == 0, "others that live finish their own"
