@@ -3,7 +3,7 @@
 A corpus of drawn numbers in the layout of Weights2Weights (rank 1 on q and v of SD1.5's attention) is written to a
 temporary folder. Then, in turns: rows at random places through `Corpus.gather`, and the same bytes by `os.pread` in the
 order of the disk; and the whole corpus through `Corpus.blocks`, and by `readinto`. Cold: the files' pages are dropped
-before each (`posix_fadvise`). Ours give fp32 with the scales multiplied in, the bare reads give bytes. A result is the
+before each (`posix_fadvise`). Ours give fp32 with the scales multiplied in, in memory that is used again; the bare reads give bytes. A result is the
 median over the rounds.
 
     python benchmarks/corpus_store.py [--rows 4000] [--random 512] [--rounds 5] [--folder DIR] [--out FILE]
@@ -12,7 +12,9 @@ median over the rounds.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import mmap
 import os
 import random
 import statistics
@@ -60,12 +62,30 @@ def write(folder: Path, rows: int, shard_rows: int) -> Corpus:
 
 
 def drop(folder: Path) -> None:
-    """Let the system forget the files' pages."""
+    """Let the system forget the files' pages; those that are mapped would stay, and a corpus leaves none."""
     for path in folder.glob("shard-*"):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
+
+
+def resident(folder: Path) -> float:
+    """The share of the files' pages that are in memory (`mincore`)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    inside = total = 0
+    for path in folder.glob("shard-*"):
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+            pages = -(-len(mapped) // mmap.PAGESIZE)
+            found = (ctypes.c_ubyte * pages)()
+            view = ctypes.c_char.from_buffer(mapped)
+            place = ctypes.c_void_p(ctypes.addressof(view))
+            if libc.mincore(place, ctypes.c_size_t(len(mapped)), found):
+                raise OSError(ctypes.get_errno(), "mincore")
+            del view
+            inside += sum(page & 1 for page in found)
+            total += pages
+    return inside / total
 
 
 class Bare:
@@ -95,14 +115,16 @@ class Bare:
                 pass
 
 
-def timed(work: Callable[[], object], folder: Path, cold: bool) -> float:
+def timed(work: Callable[[], object], folder: Path, cold: bool) -> tuple[float, float]:
+    """Seconds, and the share of the files' pages that was in memory before."""
     if cold:
         drop(folder)
     else:
         work()
+    inside = resident(folder)
     start = time.perf_counter()
     work()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, inside
 
 
 def measure(folder: Path, count: int, rounds: int) -> dict[str, Any]:
@@ -113,28 +135,34 @@ def measure(folder: Path, count: int, rounds: int) -> dict[str, Any]:
     for name, cold in (("random rows, cold", True), ("random rows, warm", False), ("full scan, cold", True),
                        ("full scan, warm", False)):  # fmt: skip
         seconds: dict[str, list[float]] = {"ours": [], "bare": []}
+        shares: list[float] = []
         for round_ in range(rounds):
             rows = chance.sample(range(total), count)
-            corpus = Corpus.open(folder)  # no page is mapped yet
+            corpus = Corpus.open(folder)
             works = _scans(corpus, bare) if name.startswith("full") else _gathers(corpus, bare, rows)
             for who in sorted(works, reverse=bool(round_ % 2)):
-                seconds[who].append(timed(works[who], folder, cold))
+                spent, inside = timed(works[who], folder, cold)
+                seconds[who].append(spent)
+                shares.append(inside)
         medians = {who: statistics.median(values) for who, values in seconds.items()}
         read = bare.size * (count if name.startswith("random") else total)
         report[name] = {
             "ours s": round(medians["ours"], 4), "bare s": round(medians["bare"], 4),
             "ratio": round(medians["ours"] / medians["bare"], 2), "ours GB/s": round(read / 1e9 / medians["ours"], 2),
+            "pages in memory before": [round(min(shares), 3), round(max(shares), 3)],
             "ratios of rounds": sorted(round(a / b, 2) for a, b in zip(seconds["ours"], seconds["bare"], strict=True)),
         }  # fmt: skip
     return report
 
 
 def _gathers(corpus: Corpus, bare: Bare, rows: list[int]) -> dict[str, Callable[[], object]]:
-    return {"ours": lambda: corpus.gather(rows), "bare": lambda: bare.gather(rows)}
+    out = torch.zeros(len(rows), corpus.width)
+    return {"ours": lambda: corpus.gather(rows, out), "bare": lambda: bare.gather(rows)}
 
 
 def _scans(corpus: Corpus, bare: Bare) -> dict[str, Callable[[], object]]:
-    return {"ours": lambda: sum(float(block[0, 0]) for block in corpus.blocks(512)), "bare": bare.scan}
+    out = torch.zeros(512, corpus.width)
+    return {"ours": lambda: sum(float(block[0, 0]) for block in corpus.blocks(512, out)), "bare": bare.scan}
 
 
 def main() -> None:

@@ -69,7 +69,10 @@ def pack(options: argparse.Namespace) -> dict[str, Any]:
         log.warning("%d ids of %s are not in the corpus: %s ...", len(report.unknown_ids), options.labels,
                     ", ".join(report.unknown_ids[:5]))  # fmt: skip
     told = asdict(report)
-    return told if options.json else {key: value for key, value in told.items() if value not in ([], {})}
+    if options.json:
+        return told
+    counted = {key: len(value) if isinstance(value, (list, dict)) else value for key, value in told.items()}
+    return {key: value for key, value in counted.items() if value or key == "packed"}
 
 
 def get(options: argparse.Namespace) -> dict[str, Any]:

@@ -19,12 +19,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--prompt", default="a photo")
     add_json(parser)
     options = parser.parse_args(arguments)
+    if (options.files[0] / "corpus.json").is_file():
+        return verify_corpora(options.files, options.json)
     configure_logging()
     from lit_personalize.errors import DataError
     from lit_personalize.export.verify import adapters_in, exported_of, verify
 
-    if (options.files[0] / "corpus.json").is_file():
-        return verify_corpora(options.files, options.json)
     paths: list[Path] = []
     for path in options.files:
         folder = path / "exports" if (path / "exports").is_dir() else path

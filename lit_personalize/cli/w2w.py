@@ -7,6 +7,7 @@ import importlib
 
 # verb -> module of lit_personalize.cli, one line of help
 VERBS: dict[str, tuple[str, str]] = {
+    "fit": ("w2w_fit", "find the space that a corpus spans"),
     "sample": ("w2w_sample", "draw new identities"),
     "edit": ("w2w_edit", "change an attribute of an adapter"),
     "invert": ("w2w_invert", "find the adapter in the space that shows a picture"),

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lit_personalize import atomic
+from lit_personalize.corpus.shards import shard_name
 from lit_personalize.errors import DataError
 
 INDEX = "index.parquet"
@@ -50,7 +51,12 @@ def read_index(path: Path) -> pa.Table:
         raise DataError(f"{path} is missing: restore it, or pack the adapters again (litp bank pack)")
     try:
         table = pq.read_table(path, page_checksum_verification=True)
-        shards_of(table)
+        shards = shards_of(table)
+        names = [shard["file"] for shard in shards]
+        if names != [shard_name(number) for number in range(len(shards))]:
+            raise ValueError(f"it names shards {names}")
+        if sum(shard["rows"] for shard in shards) != table.num_rows or not set(COLUMNS) <= set(table.column_names):
+            raise ValueError("its lines are not those of its shards")
         return table
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]

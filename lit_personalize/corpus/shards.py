@@ -22,6 +22,7 @@ from lit_personalize.errors import DataError
 from lit_personalize.tensor_files import read_header
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 TOP = 15
 """Scaled fp16 numbers of a slice end below 2^15."""
 
@@ -76,17 +77,20 @@ class Shard:
     def __init__(self, path: Path, rows: int, width: int, dtype: str, sizes: Sequence[int]):
         self.path, self.rows, self.width = path, rows, width
         self.start, tensors = _header(path)
-        about = tensors.get("rows", {})
-        wanted = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}[dtype]
-        if about.get("shape") != [rows, width] or about.get("dtype") != wanted:
-            found = f"{about.get('dtype')} {about.get('shape')}"
-            raise DataError(f"{path} holds rows {found}, and the corpus says {wanted} [{rows}, {width}]")
+        wanted = {"rows": (NAMES[dtype], [rows, width])}
+        if dtype == "float16":
+            wanted["scales"] = ("F32", [len(sizes)])
+        if {name: (about.get("dtype"), about.get("shape")) for name, about in tensors.items()} != wanted:
+            raise DataError(f"{path} does not hold the rows that the corpus names, {rows} of {width} as {dtype}")
         with path.open("rb") as file:
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch takes no read-only buffer
-        self.first = self.start + about["data_offsets"][0]
-        self.stored = self._view(about, DTYPES[dtype]).view(rows, width)
-        self.scales = self._view(tensors["scales"], torch.float32) if "scales" in tensors else None
-        self.factors = None if self.scales is None else spread(self.scales, sizes)
+        self.first = self.start + tensors["rows"]["data_offsets"][0]
+        try:
+            self.stored = self._view(tensors["rows"], DTYPES[dtype]).view(rows, width)
+            self.scales = self._view(tensors["scales"], torch.float32) if "scales" in tensors else None
+            self.factors = None if self.scales is None else spread(self.scales, sizes)
+        except (ValueError, RuntimeError) as error:
+            raise DataError(f"{path} is damaged: its header says where no bytes are") from error
 
     def _view(self, about: dict[str, Any], dtype: torch.dtype) -> Tensor:
         first, last = about["data_offsets"]

@@ -94,6 +94,8 @@ class Corpus:
         folder = Path(folder)
         if dtype not in DTYPES:
             raise UsageError(f"dtype {dtype!r} is none of a corpus: use {', '.join(DTYPES)}")
+        if shard_rows < 1:
+            raise UsageError(f"shards of {shard_rows} rows hold nothing: use 512 or so")
         manifest = {
             "format": FORMAT, "width": layout.width, "dtype": dtype, "shard_rows": shard_rows,
             "gauge": "unknown" if init_seed is None else "known", "init_seed": init_seed,
@@ -141,9 +143,10 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """Of the manifest and of all rows."""
-        told = json.dumps([self.manifest, [shard["sha256"] for shard in self._files]], sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        """Of all numbers, of what they mean, and of whose they are."""
+        told = {name: self.manifest[name] for name in ("layout", "dtype", "base_fingerprint", "init_seed")}
+        rows = [self.ids, self.index["checksum"].to_pylist()]
+        return hashlib.sha256(json.dumps([told, rows], sort_keys=True).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return int(self.index.num_rows)
@@ -169,11 +172,15 @@ class Corpus:
 
     # ---- reading ----------------------------------------------------------------------------------
 
-    def blocks(self, rows: int) -> Iterator[Tensor]:
-        """All rows in order, at most `rows` at a time, each block a fresh fp32 `[<=rows, D]`; out of core."""
+    def blocks(self, rows: int, out: Tensor | None = None) -> Iterator[Tensor]:
+        """All rows in order, at most `rows` at a time, fp32 `[<=rows, D]`; out of core.
+
+        Args:
+            out: Memory for the blocks, `[rows, D]`, each of which then lives until the next one; else each has its own.
+        """
         for first in range(0, len(self), rows):
             last = min(first + rows, len(self))
-            block = torch.empty(last - first, self.width)
+            block = torch.empty(last - first, self.width) if out is None else out[: last - first]
             done = 0
             for number, begin, end in pieces(self._starts, first, last):
                 shard = self._shard(number)
@@ -182,8 +189,11 @@ class Corpus:
                 shard.forget()
             yield block
 
-    def gather(self, indices: Sequence[int]) -> Tensor:
+    def gather(self, indices: Sequence[int], out: Tensor | None = None) -> Tensor:
         """Rows by their number, in the order asked for, fp32 `[n, D]`.
+
+        Args:
+            out: Memory for them, of that shape, which may be used again.
 
         Raises:
             IndexError: There are not that many.
@@ -196,7 +206,7 @@ class Corpus:
             shard = bisect_right(self._starts, number) - 1
             places.append((shard, number - self._starts[shard]))
         order = sorted(range(len(places)), key=places.__getitem__)  # as they lie on the disk
-        found = torch.empty(len(places), self.width)
+        found = torch.empty(len(places), self.width) if out is None else out
         for first in range(0, len(order), ADVISED):
             group = order[first : first + ADVISED]
             for place in group:
@@ -204,6 +214,8 @@ class Corpus:
             for place in group:
                 shard, row = places[place]
                 self._shard(shard).read(row, found[place : place + 1])
+        for shard in {shard for shard, _ in places}:
+            self._shard(shard).forget()
         return found
 
     def row(self, id: str) -> Tensor:  # noqa: A002 - the word of the index
@@ -303,7 +315,7 @@ class Corpus:
             for place, record in enumerate(records)
         ]
         path = self.folder / shard_name(number)
-        digest = write_shard(path, tensors, {"format": "pt", "litp.corpus": str(FORMAT)})
+        digest = write_shard(path, tensors, {"litp.corpus": str(FORMAT)})
         told = {"file": path.name, "rows": len(rows), "sha256": digest, "error": max(errors)}
         index = index_files.extended(self.index, lines, told)
         index_files.write_index(self.folder / INDEX, index)

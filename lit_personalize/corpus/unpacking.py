@@ -40,12 +40,14 @@ def write_adapters(
         place, staged = folder / file_stem(name), folder / f".tmp-{file_stem(name)}"
         if place.exists():
             raise UsageError(f"{place} is there already: remove it, or name another --out")
-        shutil.rmtree(staged, ignore_errors=True)
         details = {key: line[key] for key in KNOWN if line[key] is not None}
         details |= {"corpus": corpus.fingerprint, "rounding_error": line["error"]}
-        files = export(weights, staged, base, name, formats, details)
-        verified = verify(files, base, weights)
-        staged.rename(place)
+        try:
+            files = export(weights, staged, base, name, formats, details)
+            verified = verify(files, base, weights)
+            staged.rename(place)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
         report["adapters"][name] = [str(place / item.name) for item in files]
         report["largest_error"] = max(report["largest_error"], *(f.largest_error for f in verified.files))
         report["rounding_error"] = max(report["rounding_error"], line["error"])

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jsonargparse import Namespace
 
 from lit_personalize.adapters.lora import LoRA
 from lit_personalize.adapters.protocol import AdapterWeights
+from lit_personalize.backbones.loading import load_base
 from lit_personalize.bank import AdapterJob, Bank, Pictures
 from lit_personalize.configuration import parse
+from lit_personalize.export.loading import load_adapter
 from lit_personalize.objectives.denoising import Denoising
 from lit_personalize.report.measures import OPTIONS
 from lit_personalize.sampling.sampler import generate
@@ -43,6 +46,16 @@ def prompts_for(subject: Subject, count: int = PROMPTS) -> tuple[list[str], list
     return [f"photo of {text}" for text, _ in asked], [ground for _, ground in asked]
 
 
+def seeds_of(prompts: Sequence[str], seed: int) -> list[int]:
+    return [1000 * seed + number for number in range(len(prompts))]
+
+
+def drawn_from_files(files: Sequence[Path], prompts: Sequence[str], seed: int) -> np.ndarray:
+    """One picture of each prompt by exported files, on a base of their own."""
+    base = load_base("tinyworld")
+    return generate(base, prompts, seeds_of(prompts, seed), [load_adapter(files, base)], OPTIONS)
+
+
 @dataclass
 class Painter:
     """A base with one LoRA, into which adapters of a corpus are put to draw them."""
@@ -53,7 +66,7 @@ class Painter:
     def of_recipe(cls, recipe: str = RECIPE) -> Painter:
         """The recipe's base and LoRA."""
         parser, config = parse(["-c", recipe, "--name", "unused"])
-        objective = parser.instantiate(_model_only(config)).model
+        objective = parser.instantiate(Namespace(model=config.clone()["model"])).model
         objective.configure_model()
         return cls(objective)
 
@@ -62,16 +75,14 @@ class Painter:
         (lora,) = (adapter for adapter in self.objective.trained if isinstance(adapter, LoRA))
         return lora
 
-    def draw(self, weights: AdapterWeights | None, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-        """uint8 `[N, 64, 64, 3]`; None draws from the untouched base."""
+    def draw(self, weights: AdapterWeights, prompts: Sequence[str], seed: int = 0, negative: str = "") -> np.ndarray:
+        """One picture of each prompt, uint8 `[N, 64, 64, 3]`."""
         base = self.objective.built
-        if weights is None:
-            return generate(base, prompts, seeds, None, OPTIONS)
         factors: dict[str, torch.Tensor] = {}
         for layer, low_rank in weights.low_rank.items():
             factors |= {f"{layer}:A": low_rank.down, f"{layer}:B": low_rank.up}
         self.lora.restore(factors)
-        return generate(base, prompts, seeds, [self.lora], OPTIONS)
+        return generate(base, prompts, seeds_of(prompts, seed), [self.lora], replace(OPTIONS, negative=negative))
 
 
 def train(
@@ -102,28 +113,3 @@ def train(
             bank.step()
             if step in at:
                 yield step, {slot.job.id: bank.stack.weights(n) for n, slot in enumerate(bank.slots)}
-
-
-def found_share(
-    painter: Painter, reader: Any, subjects: Sequence[Subject], adapters: Mapping[str, AdapterWeights], seed: int = 0
-) -> list[float]:
-    """Share of each subject's pictures in which it is found."""
-    shares = []
-    for subject in subjects:
-        if subject.name in adapters:
-            prompts, _ = prompts_for(subject)
-            pixels = painter.draw(adapters[subject.name], prompts, [1000 * seed + n for n in range(len(prompts))])
-            shares.append(float(np.mean([found(reading, subject) for reading in reader.read(pixels)])))
-    return shares
-
-
-def _model_only(config: Any) -> Any:
-    from jsonargparse import Namespace
-
-    return Namespace(model=config.clone()["model"])
-
-
-def world_weights() -> Path:
-    from lit_personalize.tinyworld.build import committed_weights
-
-    return committed_weights()

@@ -46,9 +46,15 @@ class Direction:
     """Of adapters that the fit did not see: balanced accuracy, or, of numbers, the correlation; NaN if too few."""
     counts: tuple[int, ...]
     """Adapters without and with the attribute; of numbers, all."""
+    threshold: float = math.nan
+    """Of classes: where along n yes begins."""
     kept: float = 1.0
     """Length of n that was left when other directions were removed."""
     removed: tuple[str, ...] = ()
+
+    def along(self, coefficients: Tensor) -> Tensor:
+        """Where adapters `[..., k]` lie along n."""
+        return coefficients[..., : len(self.vector)] @ self.vector
 
     def step(self, space: Subspace, by: float) -> Tensor:
         """What a row changes for `by` deviations, `[D]`: α σ_n (n V) · deviation."""
@@ -90,11 +96,11 @@ def find(
     if not 1 <= m <= most:
         raise UsageError(f"there are {most} components: take from 1 to {most} of them, not {m}")
     x = coefficients[known, :m].double()
-    vector, _ = _fit(x, y, method, classes, l2)
+    vector, threshold = _fit(x, y, method, classes, l2)
     return Direction(
         name, vector.float(), float((coefficients[:, :m].double() @ vector).std()), method, classes,
         _held_out(x, y, method, classes, folds, l2, seed),
-        (int((y < 0).sum()), int((y > 0).sum())) if classes else (len(y),),
+        (int((y < 0).sum()), int((y > 0).sum())) if classes else (len(y),), threshold if classes else math.nan,
     )  # fmt: skip
 
 
@@ -149,7 +155,7 @@ def without(
     n = n / left
     return replace(
         direction, vector=n.float(), deviation=float((coefficients[:, : len(n)].double() @ n).std()),
-        kept=direction.kept * left, removed=(*direction.removed, *(other.name for other in others)),
+        threshold=math.nan, kept=direction.kept * left, removed=(*direction.removed, *(other.name for other in others)),
     )  # fmt: skip
 
 

@@ -53,7 +53,13 @@ class Subspace:
         return ((rows.float() - self.mean) / self.deviation) @ self.components.T
 
     def unproject(self, coefficients: Tensor) -> Tensor:
-        """Coefficients `[..., j]`, j <= k, to rows `[..., D]`; differentiable."""
+        """Coefficients `[..., j]`, j <= k, to rows `[..., D]`; differentiable.
+
+        Raises:
+            DataError: It is a space of sketches.
+        """
+        if self.details.get("sketch"):
+            raise DataError("a space of sketches tells adapters apart and makes none: fit one without --sketch")
         return (coefficients @ self.components[: coefficients.shape[-1]]) * self.deviation + self.mean
 
     def save(self, folder: Path) -> None:

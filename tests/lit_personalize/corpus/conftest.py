@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,15 @@ def base(tiny_bases: dict[str, Path]) -> Base:
 def make_weights(tiny_bases: dict[str, Path]) -> Callable[..., AdapterWeights]:
     """A LoRA on q and v of all attention whose A began from `init_seed`, with a drawn B."""
 
+    begun: dict[str, AdapterWeights] = {}
+
     def make(seed: int, init_seed: int = 0, **options: object) -> AdapterWeights:
-        adapter = LoRA(**{"rank": 1, "targets": "query_value", **options})  # type: ignore[arg-type]
-        adapter.attach(load_base(tiny_bases["sd1"]), init_seed)
-        weights, draws = adapter.export_weights(), torch.Generator().manual_seed(seed)
+        key = json.dumps([init_seed, options])
+        if key not in begun:
+            adapter = LoRA(**{"rank": 1, "targets": "query_value", **options})  # type: ignore[arg-type]
+            adapter.attach(load_base(tiny_bases["sd1"]), init_seed)
+            begun[key] = adapter.export_weights()
+        weights, draws = deepcopy(begun[key]), torch.Generator().manual_seed(seed)
         for factors in weights.low_rank.values():
             factors.down += 1e-3 * torch.randn(factors.down.shape, generator=draws)
             factors.up = 1e-4 * torch.randn(factors.up.shape, generator=draws)

@@ -111,6 +111,8 @@ def test_adapters_that_began_differently_make_a_corpus_of_unknown_gauge(
     assert "was made with gauge unknown" in capsys.readouterr().err
     assert main([*command, "--base", "tinyworld"]) == 3
     assert "name that base, or another corpus" in capsys.readouterr().err
+    assert main(["bank", "get", "c0", "--corpus", str(out / "corpus"), "--base", "tinyworld"]) == 3
+    assert "name theirs with --base" in capsys.readouterr().err
 
 
 def test_labels_that_cannot_be_read(tmp_path: Path) -> None:

@@ -7,6 +7,9 @@ import os
 import random
 import signal
 import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lit_personalize.cli.main import main
+from lit_personalize.corpus.index import shards_of, write_index
 from lit_personalize.corpus.layout import Layout
 from lit_personalize.corpus.store import Corpus
 from lit_personalize.errors import DataError, RunLockedError, UsageError
@@ -69,8 +73,11 @@ def test_reading_gives_rows_in_any_order_and_block(tmp_path: Path) -> None:
         blocks = list(read.blocks(size))
         assert [len(block) for block in blocks] == [min(size, 11 - i) for i in range(0, 11, size)]
         assert torch.equal(torch.cat(blocks), rows)
-    order = [10, 0, 7, 7, 3, -1]
+    order, out = [10, 0, 7, 7, 3, -1], torch.empty(6, read.width)
     assert torch.equal(read.gather(order), rows[order])
+    assert read.gather(order, out).data_ptr() == out.data_ptr() and torch.equal(out, rows[order])
+    for first, block in zip((0, 6), read.blocks(6, out), strict=True):
+        assert block.data_ptr() == out.data_ptr() and torch.equal(block, rows[first : first + 6])
     assert torch.equal(read.row("a6"), rows[6])
     assert torch.equal(LAYOUT.flatten(read.adapter("a6")), rows[6])
     with pytest.raises(IndexError):
@@ -182,6 +189,34 @@ def test_a_damaged_record_is_named(tmp_path: Path, name: str) -> None:
         Corpus.open(tmp_path / "c")
 
 
+@pytest.mark.parametrize("shift", [-8, 4])
+def test_a_header_that_lies(tmp_path: Path, shift: int) -> None:
+    """Where the bytes of a tensor are said to be where none are, nothing is read."""
+    corpus = new(tmp_path / "c", dtype="float32")
+    corpus.append(drawn(1), records(1))
+    path = tmp_path / "c" / "shard-00000.safetensors"
+    data = path.read_bytes()
+    about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    start, end = about["rows"]["data_offsets"]
+    about["rows"]["data_offsets"] = [start + shift, end]
+    header = json.dumps(about).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[-(end - start) :])
+    with pytest.raises(DataError, match="shard-00000.safetensors is damaged"):
+        Corpus.open(tmp_path / "c").gather([0])
+
+
+@pytest.mark.parametrize("changed", [{"file": "../shard-00000.safetensors"}, {"rows": 2}])
+def test_an_index_that_lies(tmp_path: Path, changed: dict[str, object]) -> None:
+    """It names shards of its own folder alone, with as many rows as it has lines."""
+    corpus = new(tmp_path / "c")
+    corpus.append(drawn(1), records(1))
+    (shard,) = shards_of(corpus.index)
+    told = json.dumps([{**shard, **changed}])
+    write_index(tmp_path / "c" / "index.parquet", corpus.index.replace_schema_metadata({"litp.shards": told}))
+    with pytest.raises(DataError, match="index.parquet is damaged"):
+        Corpus.open(tmp_path / "c")
+
+
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     corpus, other = new(tmp_path / "c"), Corpus.open(tmp_path / "c")
     with corpus.writing():
@@ -192,34 +227,49 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     assert other.ids == ["a0", "a1"] and Corpus.open(tmp_path / "c").verify() == []
 
 
+@contextmanager
+def ending() -> Iterator[None]:
+    """End this process, a fork of pytest's, at the end of the block, however it ends; a fork has no other threads."""
+    torch.set_num_threads(1)
+    try:
+        yield
+        os._exit(0)
+    finally:
+        traceback.print_exc()
+        os._exit(1)
+
+
 def test_a_killed_writer_leaves_every_row_exactly_once(tmp_path: Path) -> None:
     """Killed at random moments and started again, until all rows are there; after each kill the corpus is whole."""
     rows, wanted, chance = drawn(60), [f"a{i}" for i in range(60)], random.Random(0)
-    new(tmp_path / "c", shard_rows=3)
-    kills, seen = 0, 0
+    corpus = new(tmp_path / "c", shard_rows=3)
+    start = time.perf_counter()
+    corpus.append(rows[:3], records(3))
+    duration, kills = time.perf_counter() - start, 0
     while True:
-        started, said = os.pipe()
+        seen = len(corpus)
+        heard, said = os.pipe()
         child = os.fork()
         if child == 0:
-            torch.set_num_threads(1)  # a fork has no other threads
-            os.write(said, b"1")
-            corpus = Corpus.open(tmp_path / "c")
-            while len(corpus) < 60:
-                n = len(corpus)
-                corpus.append(rows[n : n + 3], records(3, n))
-            os._exit(0)
-        os.read(started, 1)
-        os.close(started), os.close(said)
-        time.sleep(chance.uniform(0, 0.3))
+            with ending():
+                corpus = Corpus.open(tmp_path / "c")
+                for n in range(len(corpus), 60, 3):
+                    os.write(said, b"1")
+                    corpus.append(rows[n : n + 3], records(3, n))
+        os.close(said)
+        for _ in range(chance.randint(1, 3)):
+            os.read(heard, 1)  # nothing at its end
+        time.sleep(chance.uniform(0, 1.5 * duration))
         os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        os.close(heard)
         corpus = Corpus.open(tmp_path / "c")
         assert corpus.verify() == [] and len(corpus) >= seen and corpus.ids == wanted[: len(corpus)]
-        seen = len(corpus)
-        if os.WIFEXITED(status):
+        if status == 0:
             break
+        assert status == -signal.SIGKILL
         kills += 1
-        assert kills < 200
+        assert kills < 100
     assert kills >= 5
     assert corpus.ids == wanted
     assert torch.allclose(corpus.gather(range(60)), rows, rtol=1e-3, atol=1e-3)
@@ -230,7 +280,7 @@ def test_a_killed_writer_leaves_every_row_exactly_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", range(8))
-def test_killed_at_each_step_of_a_write(tmp_path: Path, moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_at_each_step_of_a_write(tmp_path: Path, moment: int) -> None:
     """At the n-th flush or rename: the rows are there, or they are not, and the next writer adds them."""
     corpus = new(tmp_path / "c")
     corpus.append(drawn(4), records(4))
@@ -248,12 +298,11 @@ def test_killed_at_each_step_of_a_write(tmp_path: Path, moment: int, monkeypatch
 
             return call
 
-        torch.set_num_threads(1)
-        os.fsync, os.replace = dying(os.fsync), dying(os.replace)
-        corpus.append(drawn(4), records(4, 4))
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFEXITED(status) == (moment >= 6)  # file, name and folder of shard and index
+        with ending():
+            os.fsync, os.replace = dying(os.fsync), dying(os.replace)
+            corpus.append(drawn(4), records(4, 4))
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == (0 if moment >= 6 else -signal.SIGKILL)  # flush, rename and flush of shard, then of index
     found = Corpus.open(tmp_path / "c")
     assert found.verify() == [] and len(found) == (8 if moment >= 5 else 4)
     if len(found) == 4:
