@@ -35,6 +35,7 @@ from lit_personalize.report.tables import (
     style_table,
     table,
 )
+from lit_personalize.report.weights2weights_page import weights2weights_tables
 from lit_personalize.tinyworld.concepts import SUBJECTS_FOR_SCIENCE
 from lit_personalize.tinyworld.style_concepts import STYLES_FOR_SCIENCE
 
@@ -187,6 +188,7 @@ def pages(docs: Path, cells: Cells, fingerprint: str) -> dict[Path, str]:
         blocks["kernels"] = kernel_tables(results)
     if (benchmarks := docs.parent / "benchmarks").is_dir():
         blocks["reliability"] = reliability_tables(benchmarks)
+        blocks["weights2weights"] = weights2weights_tables(benchmarks)
     for name, measured in blocks.items():
         path = docs / f"{name}.md"
         text = path.read_text(encoding="utf-8")

@@ -38,6 +38,8 @@ SEEDS = (0, 1, 2)
 STEPS = (10, 20, 30, 40, 60)
 SHARE = 0.8
 EDITED = 8
+FAR = (2, 3, 4)
+"""Where edits end, in deviations of the corpus; the paper goes as far as the furthest adapter."""
 INVERTED = 6
 
 
@@ -133,22 +135,27 @@ def edits(corpus: Corpus) -> dict[str, Any]:
     own = {a: directions.find(space.coefficients, labels[a][:known], a) for a in CRITTER_ATTRIBUTES}
     others = {a: [own[b] for b in CRITTER_ATTRIBUTES if b != a] for a in own}
     alone = {a: directions.without(own[a], others[a], space.coefficients, "orthogonal") for a in own}
-    ways: dict[str, list[dict[str, float]]] = {"direction": [], "direction without the others": [], "prompt": []}
+    ways: dict[str, list[dict[str, float]]] = {}
     for number in range(known, known + EDITED):
         subject, row = subject_of(corpus, number), corpus.row(corpus.ids[number])
         prompts, grounds = prompts_for(subject)
         for seed, (part, said) in enumerate(v.CRITTER_ATTRIBUTES.items()):
             present = part not in subject.critter_parts
             wanted = with_part(subject, part, present)
-            for name, direction in (("direction", own[part]), ("direction without the others", alone[part])):
-                by = to_the_other_side(direction, space, labels[part][:known], row, present)
+            moves = [(f"to {far} deviations", own[part], far) for far in FAR]
+            moves += [(f"to {FAR[1]} deviations, the other parts taken out", alone[part], FAR[1])]
+            for name, direction, far in moves:
+                by = to_deviations(direction, space, row, far if present else -far)
                 pixels = painter.draw(corpus.layout.unflatten(row + direction.step(space, by)), prompts, seed)
-                ways[name].append(kept(judges, pixels, wanted, grounds, part))
+                ways.setdefault(name, []).append(kept(judges, pixels, wanted, grounds, part))
             asked = [f"{text} with {said}" if present else text for text in prompts]
             pixels = painter.draw(corpus.layout.unflatten(row), asked, seed, "" if present else said)
-            ways["prompt"].append(kept(judges, pixels, wanted, grounds, part))
+            ways.setdefault("prompt", []).append(kept(judges, pixels, wanted, grounds, part))
+            pixels = painter.draw(corpus.layout.unflatten(row), prompts, seed)
+            ways.setdefault("no edit", []).append(kept(judges, pixels, wanted, grounds, part))
     return {
         "critters": EDITED, "edits": EDITED * len(own), "pictures of each": PROMPTS,
+        "held out": {name: round(direction.held_out, 3) for name, direction in own.items()},
         "ways": {name: means(values) for name, values in ways.items()},
     }  # fmt: skip
 
@@ -216,7 +223,7 @@ def means(values: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: round(float(np.mean([value[name] for value in values])), 4) for name in values[0]}
 
 
-def to_the_other_side(direction: Direction, space: Subspace, labels: Tensor, row: Tensor, present: bool) -> float:
-    """How far to go, in deviations: to the mean of the adapters that have the part, or of those that have not."""
-    there = direction.along(space.coefficients)[(labels > 0.5) == present].mean()
-    return float(there - direction.along(space.project(row))) / direction.deviation
+def to_deviations(direction: Direction, space: Subspace, row: Tensor, far: float) -> float:
+    """How far to go so that an adapter stands `far` deviations from the corpus's mean along a direction."""
+    middle = direction.along(space.coefficients).mean()
+    return far - float(direction.along(space.project(row)) - middle) / direction.deviation

@@ -134,15 +134,21 @@ class _Standardised:
             if not shift.isfinite().all():
                 self._refuse(0)
             sums = torch.zeros(2, self.rows.width, dtype=torch.float64)
+            wrong = torch.tensor(-1)
             for block in self.blocks[self.rank :: self.ranks]:
                 values = self.rows.gather(block)
                 finite = values.isfinite().all(dim=1)
                 if not finite.all():
-                    self._refuse(block[int((~finite).nonzero()[0])])
+                    wrong = torch.tensor(block[int((~finite).nonzero()[0])])
+                    break
                 for columns in torch.arange(self.rows.width).split(CHUNK):
                     part = values[:, columns].double() - shift[columns]
                     sums[0, columns] += part.sum(dim=0)
                     sums[1, columns] += part.square().sum(dim=0)
+            if self.ranks > 1:  # so that none waits for one that refused
+                dist.all_reduce(wrong, dist.ReduceOp.MAX)
+            if wrong >= 0:
+                self._refuse(int(wrong))
             sums = self._summed(sums)
             n = len(self.rows)
             variance = ((sums[1] - sums[0].square() / n) / (n - 1)).clamp(min=0)
@@ -255,9 +261,9 @@ def orthonormal(w: Tensor) -> Tensor:
             shift, turns = max(1e-12, 100 * shift), 3
             continue
         shift = 0.0
-        inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=torch.float64), upper=True)
+        inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=torch.float64), upper=True).to(w)
         for part in w.split(CHUNK):
-            part.copy_(part.double() @ inverse)
+            part.copy_(part @ inverse)
         turns -= 1
     return w
 

@@ -170,6 +170,22 @@ def _rank(rank: int, folder: str, method: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+def _damaged_rank(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    values = planted()
+    values[35, 0] = float("inf")  # of the second rank's first block
+    try:
+        principal_components(Memory(values), 3, block_rows=30)
+    except DataError as error:
+        Path(folder, f"{rank}.txt").write_text(str(error))
+    torch.distributed.destroy_process_group()
+
+
+def test_all_ranks_refuse_what_one_of_them_finds(tmp_path: Path) -> None:
+    mp.spawn(_damaged_rank, (str(tmp_path),), nprocs=2)
+    assert all("adapter-35" in (tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+
+
 @pytest.mark.parametrize("method", ["gram", "randomized"])
 def test_two_ranks_find_what_one_finds(method: str, tmp_path: Path) -> None:
     mp.spawn(_rank, (str(tmp_path), method), nprocs=2)
