@@ -1,7 +1,7 @@
 """Principal components of a corpus out of core, beside scikit-learn's IncrementalPCA and torch.svd_lowrank.
 
 A corpus of drawn rows in the layout of Weights2Weights (D = 99,648, fp16) is written to a temporary folder: factors
-whose variances fall as a power law, a quarter of it behind the eigengap, and noise. Then every way has a process of its
+whose variances fall as a power law, behind the eigengap a quarter of it, and noise. Then every way has a process of its
 own that standardises the rows and finds k components: ours (Gram, randomised), `IncrementalPCA` (the least batches it
 takes, of k rows), and `svd_lowrank` of the standardised matrix in memory with the same l and as many power iterations.
 The rate of a way is what its matrix products need (`work_of`) over all of its seconds; its share is of the rate of
@@ -172,7 +172,9 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
         "explained": round(float(variances.double().sum()) / rows.width, 5),
     }  # fmt: skip
     if way in OURS:
-        work = work_of(n, rows.width, count, way, POWER)
+        size = count + max(10, math.ceil(count / 10))
+        fewer = min(size, n - 1) / size if way == "randomized" else 1  # few rows have no l components
+        work = work_of(n, rows.width, count, way, POWER) * fewer
         report |= {
             "flop of products": work, "share of product rate": round(work * 1e-9 / seconds / rate, 3),
             "seconds of the eigenproblem": round(sum(eigen), 2),
