@@ -3,8 +3,8 @@
 A corpus of drawn numbers in the layout of Weights2Weights (rank 1 on q and v of SD1.5's attention) is written to a
 temporary folder. Then, in turns: rows at random places through `Corpus.gather`, and the same bytes by `os.pread` in the
 order of the disk; and the whole corpus through `Corpus.blocks`, and by `readinto`. Cold: the files' pages are dropped
-before each (`posix_fadvise`). Ours give fp32 with the scales multiplied in, in memory that is used again; the bare reads give bytes. A result is the
-median over the rounds.
+before each (`posix_fadvise`). Ours give fp32 with the scales multiplied in, in memory that is used again; the bare
+reads give bytes. A result is the median over the rounds.
 
     python benchmarks/corpus_store.py [--rows 4000] [--random 512] [--rounds 5] [--folder DIR] [--out FILE]
 """

@@ -235,6 +235,16 @@ class Bank:
         self.steps = state["steps"]
         self._restored = list(state["slots"])
 
+    def give_up(self, ids: Iterable[str]) -> None:
+        """Leave adapters to others, between two steps: those in training, and those that a restored state has."""
+        gone = set(ids)
+        states = [state["id"] for state in self._restored] if self._restored else [slot.job.id for slot in self.slots]
+        kept = [number for number, name in enumerate(states) if name not in gone]
+        if len(kept) < len(states):
+            self._restored = [self._restored[number] for number in kept if self._restored]
+            self.slots = [self.slots[number] for number in kept if self.slots]
+            self.stack.keep(kept)
+
     @property
     def awaited(self) -> list[str]:
         """Ids of the jobs that a restored state waits for."""

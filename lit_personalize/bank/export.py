@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +20,7 @@ from lit_personalize.adapters.protocol import AdapterWeights, LowRank
 from lit_personalize.backbones.base import Base
 from lit_personalize.bank.engine import Bank
 from lit_personalize.bank.job import FinishedAdapter
-from lit_personalize.errors import UsageError, VerificationError
+from lit_personalize.errors import DataError, UsageError, VerificationError
 from lit_personalize.export.exporter import Exported, export, file_stem
 from lit_personalize.export.loading import read_adapter
 
@@ -24,6 +28,31 @@ RECORD = "adapter.json"
 TOLERANCE = 1e-6
 LAST = 10
 """Steps whose mean loss is noted."""
+
+
+def sha256_of(place: Path) -> dict[str, str]:
+    """Of every file of an exported adapter, `adapter.json` left out, by its name within the folder."""
+    found = {}
+    for path in sorted(path for path in place.rglob("*") if path.is_file() and path != place / RECORD):
+        with path.open("rb") as file:
+            found[path.relative_to(place).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def read_record(place: Path) -> dict[str, Any]:
+    """`adapter.json` of an exported adapter, whose files are those that were written.
+
+    Raises:
+        DataError: It is missing or damaged, or a file has another sha256.
+    """
+    try:
+        record = dict(json.loads((place / RECORD).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{place / RECORD} cannot be read ({error}): remove {place} and train it again") from error
+    found = sha256_of(place)
+    if changed := [name for name, digest in record.get("sha256", found).items() if found.get(name) != digest]:
+        raise DataError(f"{place / changed[0]} is not the file that was written: remove {place} and train it again")
+    return {**record, "sha256": found}
 
 
 def is_exported(folder: Path, name: str) -> bool:
@@ -37,12 +66,22 @@ def write(
     bank: Bank,
     formats: Sequence[str] = ("diffusers",),
     details: Mapping[str, object] | None = None,
+    labels: Mapping[str, object] | None = None,
+    replace: bool = True,
+    staging: Path | None = None,
 ) -> list[Exported]:
     """Write the files of an adapter and `adapter.json` into `folder/<id>`, and read them back.
 
-    An earlier one of the same id is replaced. Metadata and record have seed, initial seed, steps and skipped steps.
+    Metadata and record have seed, initial seed, steps and skipped steps; the record also the files' sha256.
+
+    Args:
+        details: Into metadata and record, too.
+        labels: Into the record.
+        replace: An earlier one of the same id; otherwise, of two processes that write it, the second one raises.
+        staging: Folder on the same file system in which it is made before it gets its name; by default `folder`.
 
     Raises:
+        FileExistsError: There is one, and it is not to be replaced.
         UsageError: The adapter failed, or its id cannot name a folder.
         VerificationError: A file does not give back what was trained.
     """
@@ -56,18 +95,27 @@ def write(
         "skipped": finished.skipped,
     }  # fmt: skip
     last = finished.losses[-LAST:]
-    place, staged = folder / job.id, folder / f".tmp-{job.id}"
-    shutil.rmtree(staged, ignore_errors=True)
+    place = folder / job.id
+    staged = (staging or folder) / f".tmp-{job.id}-{os.getpid()}-{secrets.token_hex(4)}"
     files = export(weights, staged, base, job.id, formats, noted)
     for item in files:
         check(item, base, weights)
     record = {
         "id": job.id, **noted, "loss": sum(last) / len(last), "base_fingerprint": base.fingerprint,
-        "files": [item.name for item in files],
+        "files": [item.name for item in files], "sha256": sha256_of(staged), **({"labels": labels} if labels else {}),
     }  # fmt: skip
     atomic.write_text(staged / RECORD, json.dumps(record, indent=1, default=str) + "\n")
-    shutil.rmtree(place, ignore_errors=True)
-    os.rename(staged, place)
+    folder.mkdir(parents=True, exist_ok=True)
+    if replace:
+        shutil.rmtree(place, ignore_errors=True)
+    try:
+        os.rename(staged, place)  # onto a folder that is not empty this fails
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        raise FileExistsError(errno.EEXIST, "this adapter is exported already", str(place)) from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
     atomic.flush(folder)
     for item in files:
         item.path, item.folder = place / item.path.relative_to(staged), place

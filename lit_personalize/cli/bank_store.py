@@ -6,8 +6,9 @@ import argparse
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lit_personalize.cli.bank_jobs import nothing_more
 from lit_personalize.cli.console import add_json, configure_logging, emit
 
 if TYPE_CHECKING:
@@ -16,10 +17,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def add_verbs(verbs: Any) -> None:
-    """Add `pack` and `get` to the verbs of `litp bank`."""
-    text = "add finished adapters to a corpus: packed rows that one can compute with; the same command continues"
-    pack = verbs.add_parser("pack", help=text, description=text.capitalize() + ".")
+def add_pack(pack: argparse.ArgumentParser) -> None:
+    pack.description = "Add finished adapters to a corpus; what is packed already is left out."
     pack.add_argument("source", type=Path, help="folder of litp bank run; or one of adapter files and PEFT folders; or "
                       "one in Weights2Weights' layout (all_weights.pt, weight_dimensions.pt)")  # fmt: skip
     pack.add_argument("--corpus", type=Path, help="the corpus; default: SOURCE/corpus")
@@ -33,8 +32,10 @@ def add_verbs(verbs: Any) -> None:
     pack.add_argument("--shard-rows", type=int, default=512, help="rows of a shard of a new corpus")
     _add_base(pack)
     add_json(pack)
-    text = "write adapters of a corpus as LoRA files that stock clients load, verified"
-    get = verbs.add_parser("get", help=text, description=text.capitalize() + ".")
+
+
+def add_get(get: argparse.ArgumentParser) -> None:
+    get.description = "Write adapters of a corpus as LoRA files, and load each into the stock client."
     get.add_argument("ids", nargs="*", metavar="ID", help="adapters, as the corpus's index.parquet names them")
     get.add_argument("--all", action="store_true", help="every adapter")
     get.add_argument("--corpus", type=Path, required=True, help="the corpus")
@@ -50,14 +51,10 @@ def _add_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-config", help="configs and tokenizers of a single-file base")
 
 
-def main(options: argparse.Namespace) -> int:
+def pack(options: argparse.Namespace, rest: list[str]) -> int:
+    """Add adapters to a corpus, and report."""
+    nothing_more(rest)
     configure_logging()
-    emit(pack(options) if options.what == "pack" else get(options), options.json)
-    return 0
-
-
-def pack(options: argparse.Namespace) -> dict[str, Any]:
-    """Add adapters to a corpus; gives the report."""
     from lit_personalize.corpus.packing import pack as pack_adapters
 
     corpus = options.corpus or options.source / "corpus"
@@ -69,14 +66,15 @@ def pack(options: argparse.Namespace) -> dict[str, Any]:
         log.warning("%d ids of %s are not in the corpus: %s ...", len(report.unknown_ids), options.labels,
                     ", ".join(report.unknown_ids[:5]))  # fmt: skip
     told = asdict(report)
-    if options.json:
-        return told
     counted = {key: len(value) if isinstance(value, (list, dict)) else value for key, value in told.items()}
-    return {key: value for key, value in counted.items() if value or key == "packed"}
+    emit(told if options.json else {k: v for k, v in counted.items() if v or k == "packed"}, options.json)
+    return 0
 
 
-def get(options: argparse.Namespace) -> dict[str, Any]:
-    """Write adapters of a corpus; gives the report."""
+def get(options: argparse.Namespace, rest: list[str]) -> int:
+    """Write adapters of a corpus, and report."""
+    nothing_more(rest)
+    configure_logging()
     from lit_personalize.corpus import w2w_files
     from lit_personalize.corpus.store import Corpus
     from lit_personalize.corpus.unpacking import write_adapters
@@ -89,8 +87,11 @@ def get(options: argparse.Namespace) -> dict[str, Any]:
     if "w2w" in options.formats:
         if options.formats != ["w2w"]:
             raise UsageError("w2w is the format of a whole folder: give it alone")
-        return {"adapters": len(ids), "files": [str(path) for path in w2w_files.write(corpus, ids, options.out)]}
-    return write_adapters(corpus, ids, options.out, _base_of(options, options.corpus), options.formats)
+        files = [str(path) for path in w2w_files.write(corpus, ids, options.out)]
+        emit({"adapters": len(ids), "files": files}, options.json)
+    else:
+        emit(write_adapters(corpus, ids, options.out, _base_of(options, options.corpus), options.formats), options.json)
+    return 0
 
 
 def _base_of(options: argparse.Namespace, corpus: Path, run: Path | None = None) -> Base:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from lit_personalize.recipe_files import recipe_path
 from lit_personalize.yaml_files import read_yaml
 
 ABOUT = f"""litp slurm render|submit [--profile NAME] [--slurm.KEY VALUE ...] [--json] ARGUMENTS OF litp fit
+       litp slurm render|submit bank DIR [--profile NAME] [--slurm.KEY VALUE ...] [--json] OPTIONS OF litp bank run
        litp slurm status [ROOT] [--json]
 
 render prints the job script, submit writes it to ROOT/slurm/NAME/ and queues it, status lists jobs and steps.
 Options of the job are the section slurm: of a -c file, over those of the profile ~/.config/litp/slurm/NAME.yaml;
 --slurm.KEY VALUE wins over both. With slurm.array, {{task}} in the run's name and other arguments is the task's index.
+Of a planned bank each task of an array 0-N begins with a share of the table of its own, and takes what others leave.
 
   --json       {JSON_HELP}
 """
@@ -39,10 +42,17 @@ def main(arguments: list[str]) -> int:
     from lit_slurm.options import options_of, profile
     from lit_slurm.render import render
 
-    given = Given([argument for argument in rest if argument != "--json"])
+    plain = [argument for argument in rest if argument != "--json"]
+    bank = plain[:1] == ["bank"]
+    given = Given(_of_bank(plain[1:]) if bank else plain)
     options = options_of(profile(given.profile) if given.profile else None, *given.sections, given.overrides)
     folder = jobs.folder_of(Path(given.root).absolute(), given.name)
-    text = render(options, given.name, given.arguments, folder)
+    if bank:
+        arguments = _bank_arguments(given, options.array)
+        given.name += "-{task}" if options.array else ""
+        text = render(options, given.name, arguments, folder, ("bank", "run"))
+    else:
+        text = render(options, given.name, given.arguments, folder)
     if what == "render":
         print(json.dumps({"script": text}, indent=2) if as_json else text.rstrip("\n"))
         return 0
@@ -50,6 +60,27 @@ def main(arguments: list[str]) -> int:
     print(f"job {job.job}: {job.script}", file=sys.stderr)
     print(json.dumps(vars(job), indent=2) if as_json else job.job)
     return 0
+
+
+def _of_bank(arguments: list[str]) -> list[str]:
+    """A bank's folder as name and root of its jobs.
+
+    Raises:
+        UsageError: It was not planned.
+    """
+    from lit_personalize.bank.job_table import FILE
+
+    folder = Path(arguments[0] if arguments else "").absolute()
+    if not arguments or not (folder / FILE).is_file():
+        raise UsageError(f"litp slurm bank DIR: {folder} is no planned bank; litp bank plan PEOPLE --out DIR makes one")
+    return [*arguments[1:], "--name", folder.name, "--root", str(folder.parent)]
+
+
+def _bank_arguments(given: Given, array: str) -> list[str]:
+    """Of `litp bank run`, with a share of the table for each task where the array says how many there are."""
+    own = given.arguments[: -len(("--name", given.name, "--root", given.root))]
+    whole = re.fullmatch(r"0-(\d+)(%\d+)?", array)
+    return [str(Path(given.root) / given.name), *(["--shard", f"{{task}}/{int(whole[1]) + 1}"] if whole else []), *own]
 
 
 class Given:

@@ -51,8 +51,8 @@ def main(arguments: list[str]) -> int:
     elif options.what == "people":
         from lit_personalize.tinyworld.identities import write_people
 
-        table = write_people(options.output, options.count, options.start, options.pictures)
-        emit({"table": str(table), "identities": options.count, "pictures": options.pictures}, options.json)
+        written = write_people(options.output, options.count, options.start, options.pictures)
+        emit({"table": str(written), "identities": options.count, "pictures": options.pictures}, options.json)
     elif options.what == "build":
         from lit_personalize.tinyworld.build import build
 

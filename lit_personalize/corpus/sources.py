@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lit_personalize.backbones.base import Base
 from lit_personalize.backbones.loading import PICKLES
-from lit_personalize.bank.export import RECORD
+from lit_personalize.bank.export import RECORD, read_record
 from lit_personalize.corpus.layout import Layout
 from lit_personalize.errors import DataError
 from lit_personalize.export.loading import LORA_FILES, exports_of, read_adapter, read_file
@@ -26,10 +26,15 @@ class Found:
     """An adapter that is not read yet."""
 
     id: str
-    record: dict[str, Any]
-    """What is known of it: seed, init_seed, loss, base_fingerprint, labels, ..."""
+    about: Callable[[], dict[str, Any]]
+    """Gives `record`."""
     read: Callable[[], tuple[Layout, Tensor]]
     """Gives its row `[D]`, fp32, and how that lies."""
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """What is known of it: seed, init_seed, loss, base_fingerprint, labels, ..."""
+        return self.about()
 
 
 def adapters_in(source: Path, base: Base) -> Iterator[Found]:
@@ -62,19 +67,18 @@ def _files_of(folder: Path) -> list[Path]:
 
 
 def _found(path: Path, name: str, base: Base, recipe: str) -> Found:
-    told = path / RECORD
-    if path.is_dir() and told.is_file():
-        try:
-            record = json.loads(told.read_text(encoding="utf-8"))
-            name = str(record.pop("id"))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise DataError(f"{told} is damaged ({error!r}): train its adapter again") from error
-        record.pop("files", None)
-        if recipe:
-            record["recipe"] = f"{record.get('recipe') or 'run'}@{recipe}"
-    else:
-        record = _record_in(path if path.is_file() else _files_of(path)[0])
-    return Found(name, record, partial(_read, path, name, base))
+    own = path.is_dir() and (path / RECORD).is_file()
+    file = path if path.is_file() else _files_of(path)[0]
+    about = partial(_record_of, path, recipe) if own else partial(_record_in, file)
+    return Found(name, about, partial(_read, path, name, base))
+
+
+def _record_of(place: Path, recipe: str) -> dict[str, Any]:
+    """What `litp bank run` noted of an adapter, whose files are those that it wrote."""
+    record = {key: value for key, value in read_record(place).items() if key not in ("id", "files", "sha256")}
+    if recipe:
+        record["recipe"] = f"{record.get('recipe') or 'run'}@{recipe}"
+    return record
 
 
 def _record_in(path: Path) -> dict[str, Any]:

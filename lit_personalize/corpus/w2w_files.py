@@ -67,7 +67,7 @@ def rows_in(folder: Path, base: Base, ids: Sequence[str], alpha: float | None) -
     order = layout.flatten(weights).long()  # of the columns
     names = list(ids) if len(ids) == len(rows) else [f"{number:06d}" for number in range(len(rows))]
     for name, row in zip(names, rows, strict=True):
-        yield Found(name, {}, partial(_read, layout, row, order))
+        yield Found(name, dict, partial(_read, layout, row, order))
 
 
 def _read(layout: Layout, row: Tensor, order: Tensor) -> tuple[Layout, Tensor]:

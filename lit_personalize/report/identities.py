@@ -79,8 +79,10 @@ class Painter:
         """One picture of each prompt, uint8 `[N, 64, 64, 3]`."""
         base = self.objective.built
         factors: dict[str, torch.Tensor] = {}
-        for layer, low_rank in weights.low_rank.items():
-            factors |= {f"{layer}:A": low_rank.down, f"{layer}:B": low_rank.up}
+        own = self.lora.export_weights().low_rank
+        for layer, low_rank in weights.low_rank.items():  # files may hold alpha in B
+            factors[f"{layer}:A"] = low_rank.down
+            factors[f"{layer}:B"] = low_rank.up * (low_rank.alpha / own[layer].alpha)
         self.lora.restore(factors)
         return generate(base, prompts, seeds_of(prompts, seed), [self.lora], replace(OPTIONS, negative=negative))
 

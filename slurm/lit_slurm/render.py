@@ -1,4 +1,4 @@
-"""A job script of plain sbatch, to be read and changed by hand: from options and the arguments of `litp fit`."""
+"""A job script of plain sbatch, to be read and changed by hand: from options and arguments of fit or bank run."""
 
 from __future__ import annotations
 
@@ -26,23 +26,31 @@ def names_task(text: str) -> bool:
     return _TASK.search(text) is not None
 
 
-def render(options: Options, name: str, arguments: Sequence[str], logs: Path | str = ".") -> str:
+def render(
+    options: Options, name: str, arguments: Sequence[str], logs: Path | str = ".", verb: Sequence[str] = ("fit",)
+) -> str:
     """The script that trains a run, and queues itself again when it is stopped.
 
     Args:
         name: Of the run; with `array` it holds "{task}", so that no two tasks share a run directory.
         arguments: Of `litp fit`, `--name` among them.
         logs: Folder of the job's output; it must exist when the job starts.
+        verb: Of litp; ("bank", "run") takes one task with at most one GPU.
 
     Raises:
-        OptionError: An array of one run, or "{task}" without an array.
+        OptionError: An array of one run, or "{task}" without an array; a bank with several tasks in a job.
     """
     if options.array and not names_task(name):
         raise OptionError(f"slurm.array starts several runs: put {TASK} into the run's name, such as {name}-{TASK}")
     if not options.array and any(map(names_task, arguments)):
         raise OptionError(f"{TASK} is the index of an array's task: give slurm.array, such as 0-7")
     tasks = max(options.gpus, 1)
-    shape = [f"--trainer.num_nodes={options.nodes}", f"--trainer.devices={tasks}"]
+    shape = [f"--trainer.num_nodes={options.nodes}", f"--trainer.devices={tasks}"] if verb[0] == "fit" else []
+    if not shape and (options.nodes, tasks) != (1, 1):
+        raise OptionError(
+            f"slurm.nodes {options.nodes} and slurm.gpus {options.gpus}: a bank's process has one GPU and no other to "
+            "talk to; give slurm.gpus 1 and an array, such as 0-15"
+        )
     command = options.command or f"{shlex.quote(sys.executable)} -m lit_personalize"
     parts = {
         "DIRECTIVES": "\n".join(f"#SBATCH {line}" for line in _directives(options, name, logs, tasks)),
@@ -51,7 +59,7 @@ def render(options: Options, name: str, arguments: Sequence[str], logs: Path | s
         "SETUP": "\n".join([*(f"module load {shlex.quote(m)}" for m in options.modules), *options.setup]),
         "SCRATCH": options.scratch or "${TMPDIR:-/tmp}",
         "SRUN": f" --container-image={shlex.quote(options.container)}" if options.container else "",
-        "COMMAND": " ".join([command, "fit", *(_argument(a) for a in (*shape, *arguments))]),
+        "COMMAND": " ".join([command, *verb, *(_argument(a) for a in (*shape, *arguments))]),
         "RESTARTS": str(options.restarts if options.requeue else 0),
     }
     text = re.sub(r"@([A-Z]+)@", lambda found: parts[found[1]], TEMPLATE.read_text(encoding="utf-8"))

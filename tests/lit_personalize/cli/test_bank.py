@@ -46,7 +46,7 @@ def test_run_is_stopped_and_continues(
     out = tmp_path / "stopped"
     assert main([*command, "--out", str(out)]) == 75
     assert "SIGUSR2: saved at step 5; the same command continues" in capsys.readouterr().err
-    found = checkpoints.find_complete(out / "checkpoints")
+    found = checkpoints.find_complete(out / "workers" / "0" / "checkpoints")
     assert found is not None and found.step == 5
     monkeypatch.setattr(Bank, "step", original)
     assert main([*command, "--out", str(out)]) == 3

@@ -72,7 +72,7 @@ def test_doctor_speaks_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 REPORTS = [
     *([verb] for verb in VERBS if verb not in ("bank", "data", "merge", "profile", "runs", "w2w", "world")),
-    *(["bank", what] for what in ("run", "pack", "get")),
+    *(["bank", what] for what in ("plan", "run", "status", "retry", "pack", "get")),
     *(["data", what] for what in ("check", "sheet")),
     *(["merge", what] for what in ("closed-form", "interpolate", "linear", "ziplora", "blora", "extract")),
     *(["profile", what] for what in ("compile", "kernels", "step")),

@@ -133,3 +133,10 @@ def test_labels_that_cannot_be_read(tmp_path: Path) -> None:
     }
     with pytest.raises(DataError, match="do not exist"):
         read_labels(tmp_path / "none.csv")
+
+
+def test_a_file_that_is_not_the_one_written(base: Base, make_weights: Make, finish: Make, tmp_path: Path) -> None:
+    """Where the record has the files' sha256, another file is refused."""
+    out = finish("a", make_weights(0), sha256={"pytorch_lora_weights.safetensors": "0" * 64})
+    with pytest.raises(DataError, match="pytorch_lora_weights.safetensors is not the file that was written"):
+        pack(out, tmp_path / "c", base)

@@ -114,7 +114,7 @@ def test_kernels_project_the_text_once(tiny_bases: dict[str, Path], monkeypatch:
     class Fading(LoRA):
         """Stronger at first."""
 
-        def at(self, progress: float) -> None:
+        def at(self, progress: float, timestep: float = 0.0) -> None:
             pass
 
     Fading(rank=2, name="fading").attach(base)
