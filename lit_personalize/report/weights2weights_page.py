@@ -35,10 +35,9 @@ def _steps(part: Mapping[str, Any]) -> str:
     ]
     fewest = f"{part['fewest']} steps are the fewest of these" if part["fewest"] else "None of these is enough"
     return "\n".join([
-        f"{part['critters']} critters that are in no corpus, {part['pictures of each']} pictures of each before colours "
-        "that were not asked for in training, three seeds of the noise. A critter is found where the reader sees a critter "
-        f"of its colour with at least seven of its eight parts right. {fewest} at which it is found in 80 % "
-        f"({_where(part)}).",
+        f"{part['critters']} critters that are in no corpus, {part['pictures of each']} pictures of each before plain "
+        "colours, three seeds of the noise. A critter is found where the reader sees a critter of its colour with at "
+        f"least seven of its eight parts right. {fewest} at which it is found in 80 % ({_where(part)}).",
         "", "| steps | found, by seed | mean |", "| --- | --- | --- |", *rows,
     ])  # fmt: skip
 
@@ -50,9 +49,9 @@ def _attributes(part: Mapping[str, Any]) -> str:
     last = list(sizes.values())[-1]["mean"]
     reached = "reached" if last >= 0.9 else "not reached"
     return "\n".join([
-        f"Balanced accuracy of logistic regression on the weights of {part['held out']} adapters that neither it nor the "
-        f"components saw, over the number of adapters that they saw; means of three draws where there are more to draw from. "
-        f"The goal of 0.90 with all of them is {reached}: {last:.3f} ({_where(part)}).",
+        f"Balanced accuracy of logistic regression on the weights of {part['held out']} adapters that neither it nor "
+        "the components saw, over the number of adapters that they saw; means of three draws where there are more to "
+        f"draw from. The goal of 0.90 with all of them is {reached}: {last:.3f} ({_where(part)}).",
         "", "| part | " + " | ".join(sizes) + " |", "| --- |" + " --- |" * len(sizes), *rows,
         "| **all** | " + " | ".join(f"**{sizes[s]['mean']:.3f}**" for s in sizes) + " |",
     ])  # fmt: skip
@@ -67,10 +66,9 @@ def _edits(part: Mapping[str, Any]) -> str:
     reached = "reached" if best >= 0.8 else "not reached"
     return "\n".join([
         f"{part['edits']} edits: every part of {part['critters']} critters that are not in the space, given or taken, "
-        f"{part['pictures of each']} pictures of each. Flipped is the share of pictures with the part as it was asked for; "
-        "the others say what stayed; CLIP-I compares with real pictures of the critter as it should be. The prompt says the "
-        "part, or has it as its negative. The goal of 0.80 flipped is "
-        f"{reached} ({_where(part)}).",
+        f"{part['pictures of each']} pictures of each. Flipped is the share of pictures with the part as it was asked "
+        "for; the others say what stayed; CLIP-I compares with real pictures of the critter as it should be. The prompt "
+        f"says the part, or has it as its negative. The goal of 0.80 flipped is {reached} ({_where(part)}).",
         "", "| way | flipped | other parts | colour | CLIP-I |", "| --- | --- | --- | --- | --- |", *rows,
     ])  # fmt: skip
 
@@ -84,8 +82,8 @@ def _inversion(part: Mapping[str, Any]) -> str:
     better = [k for k in ("parts", "CLIP-I") if ways["inversion"][k] > ways["DreamBooth-LoRA"][k]]
     said = f"Inversion is ahead in {' and '.join(better)}" if better else "Inversion is not ahead in parts or CLIP-I"
     return "\n".join([
-        f"One picture of each of {part['critters']} critters that are not in the space, one seed. DreamBooth-LoRA is its "
-        f"recipe for this base, on the same picture. {said} ({_where(part)}).",
+        f"One picture of each of {part['critters']} critters that are not in the space, one seed. DreamBooth-LoRA is "
+        f"its recipe for this base, on the same picture. {said} ({_where(part)}).",
         "", "| way | found | parts | colour | CLIP-I |", "| --- | --- | --- | --- | --- |", *rows,
     ])  # fmt: skip
 
