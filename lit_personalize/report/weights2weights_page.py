@@ -67,8 +67,8 @@ def _edits(part: Mapping[str, Any]) -> str:
     return "\n".join([
         f"{part['edits']} edits: every part of {part['critters']} critters that are not in the space, given or taken, "
         f"{part['pictures of each']} pictures of each. Flipped is the share of pictures with the part as it was asked "
-        "for; the others say what stayed; CLIP-I compares with real pictures of the critter as it should be. The prompt "
-        f"says the part, or has it as its negative. The goal of 0.80 flipped is {reached} ({_where(part)}).",
+        "for; the others say what stayed; CLIP-I compares with real pictures of the critter as it should be. The "
+        f"prompt says the part, or has it as its negative. The goal of 0.80 flipped is {reached} ({_where(part)}).",
         "", "| way | flipped | other parts | colour | CLIP-I |", "| --- | --- | --- | --- | --- |", *rows,
     ])  # fmt: skip
 
