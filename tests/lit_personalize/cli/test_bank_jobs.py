@@ -174,7 +174,13 @@ def test_a_worker_gives_up_what_others_took(
     monkeypatch.setattr(Bank, "step", step)
     with pytest.raises(MemoryError):
         main(run)
-    monkeypatch.setattr(Bank, "step", original)
+    trained: set[str] = set()
+
+    def noting(bank: Bank) -> dict[int, str]:
+        trained.update(slot.job.id for slot in bank.slots)
+        return original(bank)
+
+    monkeypatch.setattr(Bank, "step", noting)
     capsys.readouterr()
     ledger = Ledger(out / "jobs")
     assert sorted(ledger.names("claims")) == ["c00.1", "c01.1", "c02.1"]
@@ -186,5 +192,6 @@ def test_a_worker_gives_up_what_others_took(
         assert main(run) == 0, "others that live finish their own"
         found = json.loads(capsys.readouterr().out)
         assert (found["done"], found["finished here"], found["steps"]) == (2, 1, 6), "two steps were in the checkpoint"
+        assert trained == {"c02"}, "no step for what others have"
         assert ledger.read("done/c02")["attempt"] == 2 and other.held == {"c00": 2}
         assert state(out, capsys)["running"][0]["adapters"] == ["c00"]

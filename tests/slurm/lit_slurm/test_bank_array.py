@@ -21,7 +21,7 @@ from lit_personalize.tinyworld.dataset import sample_pictures, write_folder
 
 ROOT = Path(__file__).parents[3]
 PATHS = os.pathsep.join(str(ROOT / holder) for holder in ("", "kernels", "datamodules", "callbacks", "slurm"))
-ADAPTERS, TASKS, WAIT = 10, 2, 400
+ADAPTERS, TASKS, WAIT = 8, 2, 400
 
 
 def training(ledger: Ledger) -> dict[str, int]:
@@ -45,7 +45,7 @@ def test_every_adapter_once_though_tasks_are_killed_and_requeued(
     for number in range(ADAPTERS):
         write_folder(sample_pictures(2, number, kind="critter"), tmp_path / "people" / f"c{number}")
     base = write_tiny_base(tmp_path / "base", "sd1")
-    given = ["--model.init_args.base", str(base), "--data.init_args.resolution", "32", "--trainer.max_steps", "30"]
+    given = ["--model.init_args.base", str(base), "--data.init_args.resolution", "32", "--trainer.max_steps", "12"]
     given += ["--data.init_args.batch_size", "1", "--checkpoint.every", "4"]
     assert main(["bank", "plan", "people", "--out", "corpus", *given]) == 0
     out = tmp_path / "corpus"
