@@ -1,4 +1,4 @@
-"""The measured part of docs/weights2weights.md, from what benchmarks/weights2weights.py and w2w_pca.py recorded."""
+"""The measured part of docs/weights2weights.md, from what benchmarks/weights2weights.py recorded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-WORLD, PCA = "weights2weights_cpu.json", "w2w_pca_cpu.json"
+WORLD = "weights2weights_cpu.json"
 MISSING = "not measured yet: `python benchmarks/weights2weights.py`."
 
 
