@@ -28,6 +28,7 @@ from lit_personalize.adapters.lora import LoRA
 from lit_personalize.adapters.neuron_values import NeuronValues
 from lit_personalize.adapters.oft import OFT
 from lit_personalize.adapters.oft_magnitudes import OFTMagnitudes
+from lit_personalize.adapters.subspace_lora import SubspaceLoRA
 from lit_personalize.adapters.token_embedding import TokenEmbedding
 from lit_personalize.adapters.ziplora import ZipLoRA
 from lit_personalize.class_paths import allow_only, refusal, refuse_commands, take_allowed
@@ -53,6 +54,7 @@ ADAPTERS: list[type] = [
     NeuronValues,
     OFT,
     OFTMagnitudes,
+    SubspaceLoRA,
     TokenEmbedding,
     ZipLoRA,
 ]
