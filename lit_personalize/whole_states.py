@@ -58,7 +58,9 @@ def _load(strategy: Any, checkpoint_path: Any, weights_only: bool | None = None)
     own["state_dict"] = states.get_model_state_dict(model)
     shares, _ = _split(own)
     holder = "model" if isinstance(strategy, FSDPStrategy) else "state_dict"
-    checkpoint.load({holder if name == "state_dict" else name: part for name, part in shares.items()}, checkpoint_id=path)
+    checkpoint.load(
+        {holder if name == "state_dict" else name: part for name, part in shares.items()}, checkpoint_id=path
+    )
     found = _merged(own, shares, whole)
     some = states.StateDictOptions(strict=False)
     states.set_model_state_dict(model, found["state_dict"], options=some)  # all but the frozen base
