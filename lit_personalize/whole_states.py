@@ -1,9 +1,9 @@
 """What every rank of FSDP2 and FSDP holds whole, kept out of the shares of a checkpoint and in its header.
 
 torch's distributed checkpoint writes each tensor as a file of its own inside a file, and names it in its index: some
-8 KiB for a trained tensor and its moments. That is nothing to a share of a large weight, and several times a small
-factor (LoRA, tokens) or a step count. Those go into the header that rank 0 writes, as views of one storage, and so do
-the options of the optimizer.
+8 KiB for a trained tensor with its moments and its count of steps. That is nothing to a share of a large weight, and
+many times a small factor (LoRA, tokens). Those go into the header that rank 0 writes, as views of one storage, and so do
+the counts and the options of the optimizer.
 """
 
 from __future__ import annotations
@@ -57,10 +57,8 @@ def _load(strategy: Any, checkpoint_path: Any, weights_only: bool | None = None)
         about["state"] = {p: state for p, state in about["state"].items() if p in whole[name]["state"]}
     own["state_dict"] = states.get_model_state_dict(model)
     shares, _ = _split(own)
-    holder = "model" if isinstance(strategy, FSDPStrategy) else "state_dict"
-    checkpoint.load(
-        {holder if name == "state_dict" else name: part for name, part in shares.items()}, checkpoint_id=path
-    )
+    holders = {"state_dict": "model"} if isinstance(strategy, FSDPStrategy) else {}
+    checkpoint.load({holders.get(name, name): part for name, part in shares.items()}, checkpoint_id=path)
     found = _merged(own, shares, whole)
     some = states.StateDictOptions(strict=False)
     states.set_model_state_dict(model, found["state_dict"], options=some)  # all but the frozen base
