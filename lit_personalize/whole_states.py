@@ -2,8 +2,8 @@
 
 torch's distributed checkpoint writes each tensor as a file of its own inside a file, and names it in its index: some
 8 KiB for a trained tensor with its moments and its count of steps. That is nothing to a share of a large weight, and
-many times a small factor (LoRA, tokens). Those go into the header that rank 0 writes, as views of one storage, and so do
-the counts and the options of the optimizer.
+many times a small factor (LoRA, tokens). Those go into the header that rank 0 writes, as views of one storage, and so
+do the counts and the options of the optimizer.
 """
 
 from __future__ import annotations
