@@ -21,6 +21,8 @@ from lit_personalize.errors import DataError
 HEADER = "meta.pt"
 """Lightning's name for what is no tensor of the model or the optimizer."""
 INDEX = ".metadata"
+WHOLE = "whole"
+"""Key of a header under which stands what every rank holds whole: see `whole_states`."""
 DEEPSPEED_TAG = "checkpoint"
 """Lightning's name of the one state in a DeepSpeed directory."""
 DEEPSPEED_MODEL = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
@@ -67,7 +69,10 @@ def read_state(path: Path, device: str = "cpu") -> dict[str, Any]:
     """
     header = read_header(path)
     elsewhere = header["litp"]["placed"]
+    whole = {name: tensor.to(device) for name, tensor in header.pop(WHOLE, {}).get("state_dict", {}).items()}
     found = (_deepspeed_tensors if kind(path) == "deepspeed" else _distributed_tensors)(path, device)
+    if not (found := {**found, **whole}):
+        raise DataError(f"{path} holds no tensors of a model")
     return {**header, "state_dict": {elsewhere.get(name, name): tensor for name, tensor in found.items()}}
 
 
@@ -76,15 +81,14 @@ def _distributed_tensors(path: Path, device: str) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     index = read_index(path / INDEX).state_dict_metadata
-    holder = next((h for h in ("state_dict", "model") if any(n.startswith(f"{h}.") for n in index)), None)
-    if holder is None:  # FSDP2 writes the first, FSDP the second
-        raise DataError(f"{path} holds no tensors of a model")
+    # FSDP2 writes the first, FSDP the second; neither where every rank holds all of it.
+    holder = next((h for h in ("state_dict", "model") if any(n.startswith(f"{h}.") for n in index)), "state_dict")
     wanted = {
         name.removeprefix(f"{holder}."): torch.empty(about.size, dtype=about.properties.dtype, device=device)
         for name, about in index.items()
         if name.startswith(f"{holder}.") and isinstance(about, TensorStorageMetadata)
     }
-    if device != "meta":
+    if wanted and device != "meta":
         checkpoint.load({holder: wanted}, checkpoint_id=path, no_dist=True)
     return wanted
 

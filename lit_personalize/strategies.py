@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 
+from lit_personalize import whole_states
 from lit_personalize.errors import UsageError
 from lit_personalize.objectives.denoising import Denoising
 
@@ -94,6 +95,7 @@ def suit(strategy: Strategy, objective: Denoising) -> None:
     if isinstance(strategy, DeepSpeedStrategy):
         _prepare_deepspeed(strategy, objective)
         return
+    whole_states.keep_in_header(cast(Any, strategy))
     objective.replicated = [adapter for adapter in objective.trained if not adapter.elementwise]
     if isinstance(strategy, FSDPStrategy):
         # One unit of all changes of whole weights; the base is frozen, of another type, and whole on every rank.

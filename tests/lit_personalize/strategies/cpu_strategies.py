@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 
 class CpuFSDP(FSDPStrategy):
@@ -42,3 +42,23 @@ class CpuDeepSpeed(DeepSpeedStrategy):
     @property
     def root_device(self) -> torch.device:
         return torch.device("cpu", 0)
+
+
+class _WritesAsBefore:
+    """What a release before `whole_states` wrote: Lightning's own checkpoint, whatever the strategy is told."""
+
+    @property
+    def save_checkpoint(self) -> Any:
+        return super().save_checkpoint  # type: ignore[misc]
+
+    @save_checkpoint.setter
+    def save_checkpoint(self, other: Any) -> None:
+        pass
+
+
+class EarlierFSDP2(_WritesAsBefore, ModelParallelStrategy):
+    """`ModelParallelStrategy`."""
+
+
+class EarlierFSDP(_WritesAsBefore, CpuFSDP):
+    """`FSDPStrategy`."""
