@@ -9,6 +9,7 @@ import ipaddress
 import os
 import random
 import shutil
+import signal
 import socket
 import sys
 from collections.abc import Generator, Iterator
@@ -35,6 +36,17 @@ def seeds() -> None:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """A command that was told to stop ignores further notices, and so would every process that later tests start."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) is not handler and handler is not None:
+            signal.signal(number, handler)
 
 
 def _is_local(host: str | bytes | None) -> bool:

@@ -46,6 +46,8 @@ def write_corpus(
     if processes > 1 and len(tasks) > 1:
         with multiprocessing.get_context("spawn").Pool(processes) as pool:
             _tell(pool.imap_unordered(_write_shard, tasks), len(tasks), log)
+            pool.close()  # workers end by themselves, also where SIGTERM is ignored
+            pool.join()
     else:
         _tell(map(_write_shard, tasks), len(tasks), log)
     return paths

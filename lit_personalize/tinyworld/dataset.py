@@ -58,6 +58,8 @@ def sample_pictures(
     if processes > 1 and len(tasks) > 1:
         with multiprocessing.get_context("spawn").Pool(processes) as pool:
             parts = pool.map(_render_chunk, tasks, chunksize=1)
+            pool.close()
+            pool.join()
     else:
         parts = [_render_chunk(task) for task in tasks]
     return Pictures(np.concatenate([p for p, _ in parts]), [s for _, scenes in parts for s in scenes])
