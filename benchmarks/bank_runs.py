@@ -96,7 +96,10 @@ def main() -> None:
             order = list(ways.items()) if number % 2 == 0 else list(ways.items())[::-1]
             rounds.append({name: round(run(), 2) for name, run in order})
             print(rounds[-1], file=sys.stderr, flush=True)
-    mean = {name: sum(r[name] for r in rounds) / len(rounds) for name in ("a process for each", "one after the other", "bank")}  # noqa: E501
+    mean = {
+        name: sum(r[name] for r in rounds) / len(rounds)
+        for name in ("a process for each", "one after the other", "bank")
+    }  # noqa: E501
     result = circumstances(Path(__file__).parent) | {
         "threads": options.threads, "load of the machine": [round(x, 1) for x in os.getloadavg()],
         "slots": options.slots, "steps": options.steps, "adapters with a process for each": options.alone,

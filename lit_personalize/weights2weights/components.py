@@ -5,8 +5,8 @@ out: `torch.distributed`, where it runs, adds up what they found. Legend: `n` ro
 components, `l = k + oversampling`.
 
 Exact: G = Z Zᵀ `[n, n]`, its eigenvectors U, V = Λ^-1/2 Uᵀ Z. Randomised (Halko, Martinsson, Tropp, 2011, alg. 4.4 and
-5.1): Q spans Zᵀ Ω, then Zᵀ (Z Q) as often as `power` says, one reading each, orthonormalised by CholeskyQR2 in fp64;
-the eigenvectors of (Z Q)ᵀ (Z Q) turn Q into V.
+5.1): Q spans Zᵀ Ω, then Zᵀ (Z Q) R⁻¹ as often as `power` says, one reading each, R of (Z Q)ᵀ (Z Q) in fp64; CholeskyQR2
+makes the last Q orthonormal, and the eigenvectors of (Z Q)ᵀ (Z Q) turn it into V.
 """
 
 from __future__ import annotations
@@ -29,8 +29,12 @@ log = logging.getLogger(__name__)
 Method = Literal["auto", "gram", "randomized"]
 BLOCK_NUMBERS = 1 << 27
 """fp32 numbers of a block: half a gigabyte."""
+PIECE_NUMBERS = 1 << 23
+"""fp32 numbers that are read and standardised at once: what a cache holds."""
 CHUNK = 1 << 14
 """Columns whose products are added in fp64."""
+TILE = 256
+"""Columns that a symmetric product takes together."""
 LARGEST_GRAM = 20_000
 
 
@@ -127,7 +131,7 @@ class _Standardised:
         self.total = 0.0
 
     def measure(self) -> None:
-        """Mean and deviation of each column, sums in fp64 around the first row."""
+        """Mean and deviation of each column, sums around the first row, of pieces in fp32 and of all in fp64."""
         kept = self.progress.get("moments")
         if kept is None:
             shift = self.rows.gather([0])[0].double()
@@ -135,16 +139,15 @@ class _Standardised:
                 self._refuse(0)
             sums = torch.zeros(2, self.rows.width, dtype=torch.float64)
             wrong = torch.tensor(-1)
-            for block in self.blocks[self.rank :: self.ranks]:
-                values = self.rows.gather(block)
-                finite = values.isfinite().all(dim=1)
-                if not finite.all():
-                    wrong = torch.tensor(block[int((~finite).nonzero()[0])])
+            own = self.blocks[self.rank :: self.ranks]
+            for piece in (piece for block in own for piece in self._pieces(block)):
+                values = self.rows.gather(piece)
+                if not values.sum().isfinite() and not (finite := values.isfinite().all(dim=1)).all():
+                    wrong = torch.tensor(piece[int((~finite).nonzero()[0])])
                     break
-                for columns in torch.arange(self.rows.width).split(CHUNK):
-                    part = values[:, columns].double() - shift[columns]
-                    sums[0, columns] += part.sum(dim=0)
-                    sums[1, columns] += part.square().sum(dim=0)
+                values -= shift.float()
+                sums[0] += values.sum(dim=0)
+                sums[1] += values.square_().sum(dim=0)
             if self.ranks > 1:  # so that none waits for one that refused
                 dist.all_reduce(wrong, dist.ReduceOp.MAX)
             if wrong >= 0:
@@ -163,13 +166,23 @@ class _Standardised:
     def _refuse(self, row: int) -> None:
         raise DataError(f"adapter {self.rows.ids[row]!r} holds NaN or infinite numbers: leave it out of the corpus")
 
-    def block(self, places: range) -> Tensor:
-        """Z of some rows, `[b, D]`."""
-        return self.rows.gather(places).sub_(self.mean).div_(self.deviation)
+    def _pieces(self, block: range) -> Iterator[range]:
+        rows = max(1, PIECE_NUMBERS // self.rows.width)
+        return (block[first : first + rows] for first in range(0, len(block), rows))
+
+    def block(self, places: range, memory: Tensor | None = None) -> Tensor:
+        """Z of some rows, `[b, D]`, in `memory` where that is given: new memory costs as much as the reading."""
+        z = torch.empty(len(places), self.rows.width) if memory is None else memory[: len(places)]
+        for piece in self._pieces(places):
+            values = self.rows.gather(piece).sub_(self.mean)
+            torch.div(values, self.deviation, out=z[piece.start - places.start : piece.stop - places.start])
+        return z
 
     def own(self) -> Iterator[tuple[range, Tensor]]:
+        """This rank's blocks; the next one overwrites the last."""
+        memory = torch.empty(len(self.blocks[0]), self.rows.width)
         for places in self.blocks[self.rank :: self.ranks]:
-            yield places, self.block(places)
+            yield places, self.block(places, memory)
 
     def _summed(self, values: Tensor) -> Tensor:
         if self.ranks > 1:
@@ -186,12 +199,13 @@ class _Standardised:
             gram = torch.zeros(n, n, dtype=torch.float64)
             pairs = [(i, j) for i in range(len(self.blocks)) for j in range(i + 1)]
             held: tuple[int, Tensor] | None = None
+            memory = torch.empty(2, len(self.blocks[0]), self.rows.width)
             for i, j in pairs[self.rank :: self.ranks]:
                 a, b = self.blocks[i], self.blocks[j]
                 if held is None or held[0] != i:
-                    held = i, self.block(a)
+                    held = i, self.block(a, memory[0])
                 own = held[1]
-                other = own if i == j else self.block(b)
+                other = own if i == j else self.block(b, memory[1])
                 product = torch.zeros(len(a), len(b), dtype=torch.float64)
                 for left, right in zip(own.split(CHUNK, dim=1), other.split(CHUNK, dim=1), strict=True):
                     product += left @ right.T
@@ -219,17 +233,22 @@ class _Standardised:
         kept = self.progress.get("basis")
         q, done = (kept["basis"], int(kept["readings"])) if kept else (torch.empty(0), 0)
         for reading in range(done, power + 1):
-            w = torch.zeros(self.rows.width, size)
+            w, gram = torch.zeros(self.rows.width, size), torch.zeros(size, size, dtype=torch.float64)
             for places, z in self.own():
-                w.addmm_(z.T, z @ q if reading else _gaussian(places, size, seed))
-            q = orthonormal(self._summed(w))
+                y = z @ q if reading else _gaussian(places, size, seed)
+                w.addmm_(z.T, y)
+                gram += _gram(y)
+            w, gram = self._summed(w), self._summed(gram)
+            # Zᵀ of orthonormal columns: conditioned as Z, at the price of n and not of D
+            q = _times(w, _inverse_factor(gram)[0]) if reading else w
+            q = orthonormal(q) if reading == power else q
             self.progress.put("basis", {"basis": q, "readings": torch.tensor(reading + 1)})
             log.info("components: %d of %d readings of the corpus", reading + 2, power + 3)
         inside = torch.zeros(n, size)
         for places, z in self.own():
             torch.mm(z, q, out=inside[places.start : places.stop])
         inside = self._summed(inside)
-        values, vectors = torch.linalg.eigh(inside.double().T @ inside.double())
+        values, vectors = torch.linalg.eigh(_gram(inside))
         values, turn = values.flip(0)[:count].clamp(min=0), vectors.flip(1)[:, :count].float()
         return (q @ turn).T.contiguous(), values / (n - 1), inside @ turn
 
@@ -247,24 +266,40 @@ def orthonormal(w: Tensor) -> Tensor:
 
     A matrix that is too near to one of lower rank gets a third turn with a shift first (Fukaya et al., 2020).
     """
-    turns, shift = 2, 0.0
-    while turns:
-        gram = torch.zeros(w.shape[1], w.shape[1], dtype=torch.float64)
-        for part in w.split(CHUNK):
-            exact = part.double()
-            gram += exact.T @ exact
-        gram.diagonal().add_(shift * float(gram.diagonal().max()))
-        factor, failed = torch.linalg.cholesky_ex(gram, upper=True)
-        if int(failed):
-            if shift > 1e-3:
-                raise DataError("the rows span fewer directions than were asked for: ask for fewer components")
-            shift, turns = max(1e-12, 100 * shift), 3
-            continue
-        shift = 0.0
-        inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=torch.float64), upper=True).to(w)
-        for part in w.split(CHUNK):
-            part.copy_(part @ inverse)
-        turns -= 1
+    inverse, shifted = _inverse_factor(_gram(w))
+    for _ in range(2 if shifted else 1):
+        inverse = _inverse_factor(_gram(_times(w, inverse)))[0]
+    return _times(w, inverse)
+
+
+def _inverse_factor(gram: Tensor) -> tuple[Tensor, bool]:
+    """R⁻¹ of AᵀA = RᵀR, upper triangular, and whether that took a shift because A is nearly of lower rank."""
+    shift, size = 0.0, gram.diagonal().max()
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(gram + torch.diag((shift * size).expand(len(gram))), upper=True)
+        if not int(failed):
+            break
+        if shift > 1e-3:
+            raise DataError("the rows span fewer directions than were asked for: ask for fewer components")
+        shift = max(1e-12, 100 * shift)
+    eye = torch.eye(len(gram), dtype=gram.dtype)
+    return torch.linalg.solve_triangular(factor, eye, upper=True).float(), shift > 0
+
+
+def _gram(w: Tensor) -> Tensor:
+    """wᵀ w in fp64, each tile of columns with itself and those before it only."""
+    gram = torch.zeros(w.shape[1], w.shape[1], dtype=torch.float64)
+    for part in w.split(CHUNK):
+        exact = part.double()
+        for last in range(TILE, w.shape[1] + TILE, TILE):
+            gram[last - TILE : last, :last].addmm_(exact[:, last - TILE : last].T, exact[:, :last])
+    return gram.tril().add_(gram.tril(-1).T)
+
+
+def _times(w: Tensor, other: Tensor) -> Tensor:
+    """w · other, in place."""
+    for part in w.split(CHUNK):
+        part.copy_(part @ other)
     return w
 
 
