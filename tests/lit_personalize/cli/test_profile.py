@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,44 +18,60 @@ from lit_personalize.cli.main import main
 from lit_personalize.report.layer_times import Clock, LayerTimes
 
 
+class Hours(Clock):
+    """A clock that only layers move on: what they take does not hang on what else the machine does."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.now = 0.0
+
+    def stamp(self) -> float:
+        return self.now
+
+
 class Slow(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, forward: float, backward: float) -> torch.Tensor:
-        ctx.backward_s = backward
-        time.sleep(forward)
+    def forward(ctx: Any, x: torch.Tensor, clock: Hours, forward: float, backward: float) -> torch.Tensor:
+        ctx.clock, ctx.backward_s = clock, backward
+        clock.now += forward
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        time.sleep(ctx.backward_s)
-        return gradient, None, None
+        ctx.clock.now += ctx.backward_s
+        return gradient, None, None, None
 
 
 class Layer(torch.nn.Module):
-    def __init__(self, forward: float, backward: float):
+    def __init__(self, clock: Hours, forward: float, backward: float):
         super().__init__()
-        self.seconds = (forward, backward)
+        self.takes = (clock, forward, backward)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return Slow.apply(x, *self.seconds)
+        return Slow.apply(x, *self.takes)
 
 
-def test_layers_take_the_time_that_they_take() -> None:
-    """Two of one kind around one of another, each with its own length; the first has no input that learns."""
-    first, middle, last = Layer(0.01, 0.02), Layer(0.06, 0.03), Layer(0.02, 0.04)
-    times = LayerTimes({"ends": [first, last], "middle": [middle]}, Clock(torch.device("cpu")))
+@pytest.mark.parametrize("learns", [True, False])
+def test_layers_take_the_time_that_they_take(learns: bool) -> None:
+    """Two of one kind around one of another, each with its own length; also where the first has no input that learns."""
+    clock = Hours()
+    first, middle, last = Layer(clock, 0.01, 0.02), Layer(clock, 0.06, 0.03), Layer(clock, 0.02, 0.04)
+    times = LayerTimes({"ends": [first, last], "middle": [middle]}, clock)
+    weight = torch.ones(2, requires_grad=True)
     for active in (False, True, True):
         times.active = active
-        x = torch.ones(2, requires_grad=True)
-        loss = last(middle(first(x * 1))).sum()
+        x = weight * 1 if learns else torch.ones(2)
+        loss = last(middle(first(x) * weight)).sum()
         times.in_backward = True
         loss.backward()
         times.finish_backward()
         times.in_backward = False
+        clock.now += 7
     found = {row.pop("name"): row for row in times.totals(2)}
     assert list(found) == ["ends", "middle"]
-    assert 30 <= found["ends"]["forward_ms"] < 55 and 60 <= found["ends"]["backward_ms"] < 85
-    assert 60 <= found["middle"]["forward_ms"] < 85 and 30 <= found["middle"]["backward_ms"] < 55
+    assert found["ends"]["forward_ms"] == pytest.approx(30) and found["middle"]["forward_ms"] == pytest.approx(60)
+    assert found["ends"]["backward_ms"] == pytest.approx(60 if learns else 40)
+    assert found["middle"]["backward_ms"] == pytest.approx(30)
 
 
 def test_a_kernels_time_counts_once() -> None:
