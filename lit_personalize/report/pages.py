@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_personalize.errors import DataError
+from lit_personalize.report.bank_page import bank_tables
 from lit_personalize.report.combination_tables import claims, way_table
 from lit_personalize.report.combination_tables import page as combined
 from lit_personalize.report.combinations import SUBJECT_IN_STYLE, TWO_SUBJECTS
@@ -188,6 +189,7 @@ def pages(docs: Path, cells: Cells, fingerprint: str) -> dict[Path, str]:
         blocks["kernels"] = kernel_tables(results)
     if (benchmarks := docs.parent / "benchmarks").is_dir():
         blocks["reliability"] = reliability_tables(benchmarks)
+        blocks["bank"] = bank_tables(benchmarks)
         blocks["weights2weights"] = weights2weights_tables(benchmarks)
     for name, measured in blocks.items():
         path = docs / f"{name}.md"

@@ -1,4 +1,4 @@
-"""The measured part of docs/weights2weights.md, from what benchmarks/weights2weights.py recorded."""
+"""The measured part of docs/weights2weights.md, from what benchmarks/weights2weights.py and w2w_pca.py recorded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-WORLD = "weights2weights_cpu.json"
+WORLD, COMPONENTS = "weights2weights_cpu.json", "w2w_pca_cpu.json"
+PRODUCT_SHARE = 0.6
+"""Of the rate of matrix products, that components should be found at."""
 MISSING = "not measured yet: `python benchmarks/weights2weights.py`."
 
 
@@ -21,7 +23,10 @@ def weights2weights_tables(benchmarks: Path) -> str:
     ):  # fmt: skip
         title = f"**{name.capitalize()}.** "
         parts.append(title + (section(found[name]) if name in found else MISSING))
-    return "\n\n".join(parts)
+    path = benchmarks / COMPONENTS
+    large = _components(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else (
+        "not measured yet: `python benchmarks/w2w_pca.py`.")  # fmt: skip
+    return "\n\n".join([*parts, "**Components at size.** " + large])
 
 
 def _where(part: Mapping[str, Any]) -> str:
@@ -85,6 +90,37 @@ def _inversion(part: Mapping[str, Any]) -> str:
         f"One picture of each of {part['critters']} critters that are not in the space, one seed. DreamBooth-LoRA is "
         f"its recipe for this base, on the same picture. {said} ({_where(part)}).",
         "", "| way | found | parts | colour | CLIP-I |", "| --- | --- | --- | --- | --- |", *rows,
+    ])  # fmt: skip
+
+
+def _components(found: Mapping[str, Any]) -> str:
+    runs = [run for run in found["runs"] if "stopped" not in run]
+    most = max(run["rows"] for run in runs)
+    (share,) = (run["share of product rate"] for run in runs if (run["rows"], run["way"]) == (most, "randomized"))
+    said = "reached" if share >= PRODUCT_SHARE else "not reached"
+    angle = "degrees to gram before the gap"
+    rows = []
+    for run in sorted(found["runs"], key=lambda run: run["rows"]):
+        if "stopped" in run:
+            rows.append(f"| {run['rows']:,} | {run['way']} | {run['stopped']} | | | |")
+            continue
+        rate = f"{run['share of product rate']:.2f}" if "share of product rate" in run else ""
+        turned = f"{run[angle]:.2g}°" if angle in run else ""
+        peak = f"{run['peak bytes'] / 1e9:.1f}"
+        rows.append(f"| {run['rows']:,} | {run['way']} | {run['seconds']:.0f} | {rate} | {peak} | {turned} |")
+    told = found["the published corpus (arithmetic)"]
+    gap, gigabytes = found["components before the gap"], told["bytes as fp16"] / 1e9
+    return "\n".join([
+        f"{runs[0]['components']:,} components of drawn rows of {found['D']:,} numbers ({found['dtype']}), factors "
+        f"that fall as a power law with a gap behind the first {gap:,}; every way in a process of its own, side by "
+        "side. The share is what the way's products with Z need, at the rate of square products in the same process, "
+        "over all of its seconds; the peak is of the process, pages of mapped files included; the angle is the "
+        f"largest one to the exact components before the gap. The goal of {PRODUCT_SHARE:.0%} of the rate, for the "
+        f"randomised way that is the default at this size, is {said}: {share:.0%} ({_where(found)}).",
+        "", "| rows | way | seconds | share of the rate | peak, GB | angle |", "| --- | --- | --- | --- | --- | --- |",
+        *rows, "",
+        f"By arithmetic, not measured: the published {told['rows']:,} adapters ({gigabytes:.1f} GB as fp16) at the "
+        f"speed of the largest randomised run take {told['hours, randomised']:.1f} hours on this machine.",
     ])  # fmt: skip
 
 

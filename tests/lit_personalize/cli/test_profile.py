@@ -53,7 +53,7 @@ class Layer(torch.nn.Module):
 
 @pytest.mark.parametrize("learns", [True, False])
 def test_layers_take_the_time_that_they_take(learns: bool) -> None:
-    """Two of one kind around one of another, each with its own length; also where the first has no input that learns."""
+    """Two of one kind around one of another, each with its own length; the first may have no input that learns."""
     clock = Hours()
     first, middle, last = Layer(clock, 0.01, 0.02), Layer(clock, 0.06, 0.03), Layer(clock, 0.02, 0.04)
     times = LayerTimes({"ends": [first, last], "middle": [middle]}, clock)

@@ -17,7 +17,7 @@ from lit_personalize.corpus.store import Corpus
 from lit_personalize.export.exporter import export
 from lit_personalize.report import weights2weights as science
 from lit_personalize.report.identities import Painter, drawn_from_files, found, prompts_for, train
-from lit_personalize.report.weights2weights_page import WORLD, weights2weights_tables
+from lit_personalize.report.weights2weights_page import COMPONENTS, WORLD, weights2weights_tables
 from lit_personalize.tinyworld.attributes import Reading
 from lit_personalize.tinyworld.identities import identity, labels_of
 from lit_personalize.tinyworld.vocabulary import CRITTER_ATTRIBUTES
@@ -93,7 +93,7 @@ def test_a_packed_adapter_is_drawn_as_its_file(tmp_path: Path) -> None:
 
 
 def test_the_page_says_what_was_recorded_and_what_was_not(tmp_path: Path) -> None:
-    assert weights2weights_tables(tmp_path).count("not measured yet") == 4
+    assert weights2weights_tables(tmp_path).count("not measured yet") == 5
     about = {"date": "2026-01-01", "commit": "abc", "cores": 2}
     way = {"flipped": 0.81, "found": 0.5, "other parts": 0.9, "parts": 0.9, "color": 1.0, "CLIP-I": 0.7}
     accuracy = {"by attribute": {"hat": [0.8, 1.0]}, "mean": 0.9}
@@ -105,9 +105,19 @@ def test_the_page_says_what_was_recorded_and_what_was_not(tmp_path: Path) -> Non
         "inversion": {**about, "critters": 2,
                       "ways": {"inversion": {**way, "CLIP-I": 0.1}, "DreamBooth-LoRA": {**way, "parts": 0.8}}},
     }))  # fmt: skip
+    run = {"way": "randomized", "rows": 8000, "components": 10, "seconds": 9.6, "peak bytes": 3e9}
+    (tmp_path / COMPONENTS).write_text(json.dumps({
+        **about, "D": 100, "dtype": "float16", "components before the gap": 5,
+        "runs": [{**run, "share of product rate": 0.61, "degrees to gram before the gap": 0.086},
+                 {"way": "IncrementalPCA", "rows": 8000, "stopped": "not done after 1 s"},
+                 {**run, "rows": 1000, "share of product rate": 0.2}],
+        "the published corpus (arithmetic)": {"rows": 64974, "bytes as fp16": 13e9, "hours, randomised": 0.25},
+    }))  # fmt: skip
     text = weights2weights_tables(tmp_path)
     for line in (
         "| 10 | 0.500, 0.700 | 0.600 |", "None of these is enough", "| hat | 0.900 |", "is reached: 0.900",
         "| to 3 deviations | 0.810 | 0.900 | 1.000 | 0.700 |", "0.80 flipped is reached", "ahead in parts (",
+        "default at this size, is reached: 61%", "| 8,000 | randomized | 10 | 0.61 | 3.0 | 0.086° |",
+        "| 8,000 | IncrementalPCA | not done after 1 s | | | |", "13.0 GB as fp16) at",
     ):  # fmt: skip
         assert line in text, f"{line}\n{text}"
