@@ -36,7 +36,8 @@ from lit_personalize.report.tables import (
     style_table,
     table,
 )
-from lit_personalize.report.weights2weights_page import weights2weights_tables
+from lit_personalize.report.weights2weights_figure import draw_accuracy
+from lit_personalize.report.weights2weights_page import WORLD, weights2weights_tables
 from lit_personalize.tinyworld.concepts import SUBJECTS_FOR_SCIENCE
 from lit_personalize.tinyworld.style_concepts import STYLES_FOR_SCIENCE
 
@@ -218,6 +219,7 @@ def main() -> int:
     if not options.check:
         for name, sheet in sheets(options.docs / "science", fingerprint).items():
             sheet.save(options.docs / "science" / f"{name}.png")
+        draw_accuracy(options.docs.parent / "benchmarks" / WORLD, options.docs / "w2w_accuracy.png")
     return 1 if stale and options.check else 0
 
 

@@ -17,6 +17,7 @@ from lit_personalize.corpus.store import Corpus
 from lit_personalize.export.exporter import export
 from lit_personalize.report import weights2weights as science
 from lit_personalize.report.identities import Painter, drawn_from_files, found, prompts_for, train
+from lit_personalize.report.weights2weights_figure import draw_accuracy
 from lit_personalize.report.weights2weights_page import COMPONENTS, WORLD, weights2weights_tables
 from lit_personalize.tinyworld.attributes import Reading
 from lit_personalize.tinyworld.identities import identity, labels_of
@@ -121,3 +122,19 @@ def test_the_page_says_what_was_recorded_and_what_was_not(tmp_path: Path) -> Non
         "| 8,000 | IncrementalPCA | not done after 1 s | | | |", "13.0 GB as fp16) at",
     ):  # fmt: skip
         assert line in text, f"{line}\n{text}"
+
+
+def test_the_figure_shows_what_was_recorded(tmp_path: Path) -> None:
+    """Higher accuracies are drawn higher up; without any there is no figure."""
+    recorded, figure = tmp_path / WORLD, tmp_path / "figure.png"
+    assert not draw_accuracy(recorded, figure)
+    heights = []
+    for last in (0.7, 0.95):
+        accuracy = {"100": {"by attribute": {"hat": [0.6, 0.6], "tail": [0.6, 0.6]}},
+                    "2000": {"by attribute": {"hat": [last], "tail": [last]}}}  # fmt: skip
+        recorded.write_text(json.dumps({"attributes": {"accuracy": accuracy}}))
+        assert draw_accuracy(recorded, figure)
+        dark = np.asarray(Image.open(figure).convert("L")) < 60
+        right = dark[:, int(0.9 * dark.shape[1]) :]  # the last point of the thick line, right of the legend's middle
+        heights.append(int(np.argmax(right.any(axis=1))))
+    assert heights[1] < heights[0] - 50
