@@ -25,7 +25,7 @@ def bank_tables(benchmarks: Path) -> str:
 
 
 def _where(found: Mapping[str, Any]) -> str:
-    threads = f"{found['threads']} threads on {found['cores']} cores"
+    threads = f"{found['threads']} thread{'s' * (found['threads'] > 1)} on {found['cores']} cores"
     return f"{found['date']}, commit {found['commit']}, {threads}"
 
 
