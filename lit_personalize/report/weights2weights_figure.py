@@ -18,7 +18,8 @@ def draw_accuracy(recorded: Path, path: Path) -> bool:
         return False
     from matplotlib.figure import Figure
 
-    sizes: dict[int, Any] = {int(size): about["by attribute"] for size, about in found["attributes"]["accuracy"].items()}
+    recorded_sizes = found["attributes"]["accuracy"]
+    sizes: dict[int, Any] = {int(size): about["by attribute"] for size, about in recorded_sizes.items()}
     x = list(sizes)
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()

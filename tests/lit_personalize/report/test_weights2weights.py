@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lit_personalize.adapters.lora import LoRA
 from lit_personalize.backbones.loading import load_base
