@@ -35,7 +35,7 @@ HELD_OUT = 100
 """The last adapters of a corpus, from which nothing is learned."""
 SIZES = (100, 500, 2000)
 SEEDS = (0, 1, 2)
-STEPS = (10, 20, 30, 40, 60)
+STEPS = (10, 20, 30, 40, 50, 60)
 SHARE = 0.8
 EDITED = 8
 FAR = (2, 3, 4)
