@@ -124,11 +124,11 @@ def attributes(corpus: Corpus) -> dict[str, Any]:
                 accuracies[name].append(round(float(right[truth].mean() + right[~truth].mean()) / 2, 4))
         every = [value for values in accuracies.values() for value in values]
         result[str(size)] = {"by attribute": accuracies, "mean": round(float(np.mean(every)), 4), "draws": len(draws)}
-    return {"held out": HELD_OUT, "accuracy": result}
+    return {"accuracy": result}
 
 
-def edits(corpus: Corpus) -> dict[str, Any]:
-    """Flip every part of held-out critters along its direction, and by the prompt."""
+def edits(corpus: Corpus, seed: int) -> dict[str, Any]:
+    """Flip every part of held-out critters along its direction, and by the prompt; the seed is that of the noise."""
     painter, judges = Painter.of_recipe(), Judges.of(committed_weights())
     known, labels = len(corpus) - HELD_OUT, corpus.labels()
     space = space_of(corpus, range(known))
@@ -139,29 +139,33 @@ def edits(corpus: Corpus) -> dict[str, Any]:
     for number in range(known, known + EDITED):
         subject, row = subject_of(corpus, number), corpus.row(corpus.ids[number])
         prompts, grounds = prompts_for(subject)
-        for seed, (part, said) in enumerate(v.CRITTER_ATTRIBUTES.items()):
+        for count, (part, said) in enumerate(v.CRITTER_ATTRIBUTES.items()):
+            noise = 100 * seed + count
             present = part not in subject.critter_parts
             wanted = with_part(subject, part, present)
             moves = [(f"to {far} deviations", own[part], far) for far in FAR]
             moves += [(f"to {FAR[1]} deviations, the other parts taken out", alone[part], FAR[1])]
             for name, direction, far in moves:
                 by = to_deviations(direction, space, row, far if present else -far)
-                pixels = painter.draw(corpus.layout.unflatten(row + direction.step(space, by)), prompts, seed)
+                pixels = painter.draw(corpus.layout.unflatten(row + direction.step(space, by)), prompts, noise)
                 ways.setdefault(name, []).append(kept(judges, pixels, wanted, grounds, part))
             asked = [f"{text} with {said}" if present else text for text in prompts]
-            pixels = painter.draw(corpus.layout.unflatten(row), asked, seed, "" if present else said)
+            pixels = painter.draw(corpus.layout.unflatten(row), asked, noise, "" if present else said)
             ways.setdefault("prompt", []).append(kept(judges, pixels, wanted, grounds, part))
-            pixels = painter.draw(corpus.layout.unflatten(row), prompts, seed)
+            pixels = painter.draw(corpus.layout.unflatten(row), prompts, noise)
             ways.setdefault("no edit", []).append(kept(judges, pixels, wanted, grounds, part))
     return {
         "critters": EDITED, "edits": EDITED * len(own), "pictures of each": PROMPTS,
-        "held out": {name: round(direction.held_out, 3) for name, direction in own.items()},
         "ways": {name: means(values) for name, values in ways.items()},
+        "flipped by part": {name: by_part(values) for name, values in ways.items()},
     }  # fmt: skip
 
 
-def inversion(corpus: Corpus) -> dict[str, Any]:
-    """One picture of each of some held-out critters, inverted, and learned by DreamBooth-LoRA."""
+def inversion(corpus: Corpus, seed: int) -> dict[str, Any]:
+    """One picture of each of some held-out critters, inverted, and learned by DreamBooth-LoRA.
+
+    The seed is that of the picture, of the training and of the noise.
+    """
     judges, known = Judges.of(committed_weights()), len(corpus) - HELD_OUT
     ways: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -174,23 +178,23 @@ def inversion(corpus: Corpus) -> dict[str, Any]:
         for place in range(known, known + INVERTED):
             subject = subject_of(corpus, place)
             prompts, grounds = prompts_for(subject)
-            photo = _photo(subject, work / subject.name)
+            photo = _photo(subject, work / subject.name, seed)
             [shard] = dataset.write_shards(class_pictures(subject, REGULARIZATION, 50), work / f"set-{subject.name}")
             learned = Learned(subject.name, WORD, f"{{path: {photo}, class_noun: critter}}", f'{{shards: "{shard}"}}')
             only = Learned(subject.name, WORD, learned.concept, "")
             for name, method, told in (("inversion", inverted, only), ("DreamBooth-LoRA", dreambooth, learned)):
-                run = train_run(work, f"{subject.name}-{name}", method, [told], 0)
+                run = train_run(work, f"{subject.name}-{name}", method, [told], seed)
                 files = sorted((run.path / "exports").glob("*.safetensors"))
-                pixels = drawn_from_files(files, prompts, 0)
+                pixels = drawn_from_files(files, prompts, seed)
                 ways.setdefault(name, []).append(kept(judges, pixels, subject, grounds))
-            pixels = Painter.of_recipe().draw(corpus.adapter(corpus.ids[place]), prompts)
+            pixels = Painter.of_recipe().draw(corpus.adapter(corpus.ids[place]), prompts, seed)
             ways.setdefault("its adapter of ten pictures", []).append(kept(judges, pixels, subject, grounds))
     return {"critters": INVERTED, "ways": {name: means(values) for name, values in ways.items()}}
 
 
-def _photo(subject: Subject, folder: Path) -> Path:
+def _photo(subject: Subject, folder: Path, seed: int) -> Path:
     """One picture with its caption."""
-    shown = subject_pictures(subject, 1, 77)
+    shown = subject_pictures(subject, 1, 77 + seed)
     (caption,) = captions_of(subject, [scene.background for scene in shown.scenes])
     folder.mkdir()
     Image.fromarray(shown.pixels[0]).save(folder / "00000.png")
@@ -221,6 +225,13 @@ def kept(
 def means(values: Sequence[dict[str, float]]) -> dict[str, float]:
     """Of each figure the mean."""
     return {name: round(float(np.mean([value[name] for value in values])), 4) for name in values[0]}
+
+
+def by_part(values: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Share of flips of each part, of what `edits` gathered critter by critter."""
+    parts = len(CRITTER_ATTRIBUTES)
+    flips = [[value["flipped"] for value in values[place::parts]] for place in range(parts)]
+    return {part: round(float(np.mean(own)), 4) for part, own in zip(CRITTER_ATTRIBUTES, flips, strict=True)}
 
 
 def to_deviations(direction: Direction, space: Subspace, row: Tensor, far: float) -> float:

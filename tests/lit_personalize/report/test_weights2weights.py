@@ -96,16 +96,19 @@ def test_a_packed_adapter_is_drawn_as_its_file(tmp_path: Path) -> None:
 
 def test_the_page_says_what_was_recorded_and_what_was_not(tmp_path: Path) -> None:
     assert weights2weights_tables(tmp_path).count("not measured yet") == 5
-    about = {"date": "2026-01-01", "commit": "abc", "cores": 2}
+    about = {"date": "2026-01-01", "commit": "abc", "cores": 2, "adapters": 2100, "held out": 100}
     way = {"flipped": 0.81, "found": 0.5, "other parts": 0.9, "parts": 0.9, "color": 1.0, "CLIP-I": 0.7}
     accuracy = {"by attribute": {"hat": [0.8, 1.0]}, "mean": 0.9}
+    ways = {"to 3 deviations": way, "prompt": {**way, "flipped": 0.9}}
+    edited = {"critters": 1, "edits": 8, "pictures of each": 4, "ways": ways,
+              "flipped by part": {"to 3 deviations": {"hat": 0.75}}}  # fmt: skip
+    again = {**edited, "ways": {**ways, "to 3 deviations": {**way, "flipped": 0.83}}}
     (tmp_path / WORLD).write_text(json.dumps({
         "steps": {**about, "critters": 4, "pictures of each": 4, "found": {"10": [0.5, 0.7]}, "fewest": None},
-        "attributes": {**about, "held out": 10, "accuracy": {"100": accuracy}},
-        "edits": {**about, "critters": 1, "edits": 8, "pictures of each": 4,
-                  "ways": {"to 3 deviations": way, "prompt": {**way, "flipped": 0.9}}},
-        "inversion": {**about, "critters": 2,
-                      "ways": {"inversion": {**way, "CLIP-I": 0.1}, "DreamBooth-LoRA": {**way, "parts": 0.8}}},
+        "attributes": {**about, "accuracy": {"100": accuracy}},
+        "edits": {**about, "seeds": {"0": edited, "1": again}},
+        "inversion": {**about, "seeds": {"0": {"critters": 2, "ways": {
+            "inversion": {**way, "CLIP-I": 0.1}, "DreamBooth-LoRA": {**way, "parts": 0.8}}}}},
     }))  # fmt: skip
     run = {"way": "randomized", "rows": 8000, "components": 10, "seconds": 9.6, "peak bytes": 3e9}
     (tmp_path / COMPONENTS).write_text(json.dumps({
@@ -118,7 +121,9 @@ def test_the_page_says_what_was_recorded_and_what_was_not(tmp_path: Path) -> Non
     text = weights2weights_tables(tmp_path)
     for line in (
         "| 10 | 0.500, 0.700 | 0.600 |", "None of these is enough", "| hat | 0.900 |", "is reached: 0.900",
-        "| to 3 deviations | 0.810 | 0.900 | 1.000 | 0.700 |", "0.80 flipped is reached", "ahead in parts (",
+        "| to 3 deviations | 0.810, 0.830 | 0.820 | 0.900 | 1.000 | 0.700 |", "0.80 flipped is reached: 0.820 to 3",
+        "| prompt | 0.900, 0.900 |", "space of 2,000 others", "two seeds of the noise", "to 3 deviations: hat 0.750.",
+        "ahead in parts (", "| inversion | 0.100 | 0.100 | 0.500 | 0.900 | 1.000 |", "one seed of the picture",
         "default at this size, is reached: 61%", "| 8,000 | randomized | 10 | 0.61 | 3.0 | 0.086° |",
         "| 8,000 | IncrementalPCA | not done after 1 s | | | |", "13.0 GB as fp16) at",
     ):  # fmt: skip
