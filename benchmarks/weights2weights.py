@@ -8,7 +8,8 @@ The corpus is made by the program's own commands, at about 4 CPU seconds an adap
     litp bank pack bank --corpus corpus
     python benchmarks/weights2weights.py corpus [--out FILE] [--only PART] [--seeds 0 1 2]
 
-Every part, and of edits and inversion every seed, that the file has of this corpus is not done again.
+Every part, and of edits and inversion every seed, that the file has of this corpus is not done again; steps need the
+corpus only to know its recipe.
 
 steps       Fewest steps at which the reader finds the critter in 80 % of the pictures of its adapter.
 attributes  Balanced accuracy of a linear classifier of weights on adapters that neither it nor the components saw, over
@@ -53,15 +54,15 @@ def main() -> None:
     corpus = Corpus.open(options.corpus)
     told = {
         "corpus": corpus.fingerprint, "adapters": len(corpus), "held out": weights2weights.HELD_OUT,
-        "base": corpus.base_fingerprint,
+        "base": corpus.base_fingerprint, "recipe": corpus.manifest["recipe"],
     }  # fmt: skip
 
     def recorded() -> dict[str, Any]:
         return dict(json.loads(options.out.read_text(encoding="utf-8"))) if options.out.is_file() else {}
 
     def current(name: str) -> dict[str, Any]:
-        own = dict(recorded().get(name, {}))
-        return own if own.get("corpus") == corpus.fingerprint else {}
+        own, key = dict(recorded().get(name, {})), "recipe" if name == "steps" else "corpus"
+        return own if own.get(key) == told[key] else {}
 
     def record(name: str, found: dict[str, Any]) -> None:
         line = {**told, **circumstances(Path(__file__).parent), **found}
