@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in pieces of a few minutes: tests, compiles, tuning, operators, whole steps.
+# Everything that needs an NVIDIA GPU, in pieces of a few minutes: tests, compiles, tuning, operators, whole steps, the bank.
 #
-#   kernels/benchmarks/gpu_suite.sh [PIECE...]      all pieces, or these: tests compile tune kernels sd15 sdxl
+#   kernels/benchmarks/gpu_suite.sh [PIECE...]      all pieces, or these: tests compile tune kernels sd15 sdxl bank
 #
 # Results go to kernels/benchmarks/results/GPU-NAME/, and the table that kernels are chosen by to LIT_KERNELS_TABLES, or
 # to kernels/lit_kernels/tables/GPU-NAME.json, from where later pieces take it: commit it with the results. What is there
@@ -52,13 +52,14 @@ piece() {
         done
       done
       ;;
+    bank) "$PYTHON" benchmarks/bank_hours.py --out "$out/bank_hours.json" ;;
     *)
-      echo "unknown piece $1: tests compile tune kernels sd15 sdxl" >&2
+      echo "unknown piece $1: tests compile tune kernels sd15 sdxl bank" >&2
       exit 2
       ;;
   esac
 }
 
-for each in "${@:-tests compile tune kernels sd15 sdxl}"; do
+for each in "${@:-tests compile tune kernels sd15 sdxl bank}"; do
   for one in $each; do piece "$one"; done
 done
