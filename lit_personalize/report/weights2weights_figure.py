@@ -40,6 +40,6 @@ def draw_accuracy(recorded: Path, path: Path) -> bool:
     axes.set_xlabel("adapters of the corpus")
     axes.set_ylabel("balanced accuracy, held-out adapters")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="lower right", ncols=3)
+    axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.06), ncols=3)
     figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
     return True
