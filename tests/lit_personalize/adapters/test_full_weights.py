@@ -51,12 +51,15 @@ def test_gradients_are_those_of_the_weights_themselves(tiny_bases: dict[str, Pat
     expected.square().sum().backward()
     torch.testing.assert_close(changed, expected, rtol=1e-5, atol=1e-6)
     reached = 0
+    # Softmax does not see a bias of keys: its gradient is rounding alone.
+    rounding = 1e-8 * max(float(p.grad.abs().max()) for p in own.values() if p.grad is not None)
     for name, parameter in own.items():
         found = adapter.factor(name).grad
         assert (found is None) == (parameter.grad is None), name
         if found is not None and parameter.grad is not None:
             reached += 1
-            torch.testing.assert_close(found, parameter.grad, rtol=1e-3, atol=1e-3 * float(parameter.grad.abs().max()))
+            atol = max(rounding, 1e-3 * float(parameter.grad.abs().max()))
+            torch.testing.assert_close(found, parameter.grad, rtol=1e-3, atol=atol)
     assert reached > 0.9 * len(own)
     with torch.no_grad(), base.only([]):
         torch.testing.assert_close(predict(base), predict(load_base(tiny_bases[family])), rtol=0, atol=0)
