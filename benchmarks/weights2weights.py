@@ -1,6 +1,6 @@
 """Weights2Weights on the embedded world: what a corpus of critters' adapters knows of them.
 
-The corpus is made by the program's own commands, at about 4 CPU seconds an adapter:
+The corpus is made by the program's own commands, at about 3 CPU seconds an adapter:
 
     litp world people -o people --count 2100
     litp bank plan people/people.csv --out bank -c weights2weights/tinyworld

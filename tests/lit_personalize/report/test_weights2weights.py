@@ -79,6 +79,14 @@ def test_an_edit_ends_where_it_was_told(planted: Corpus) -> None:
     assert float((moved - middle) / direction.deviation) == pytest.approx(-3, abs=1e-2)
 
 
+def test_flips_are_counted_for_the_part_that_was_edited() -> None:
+    """Values come critter by critter, each with all parts in turn."""
+    flips = {part: (number % 2, number / 10) for number, part in enumerate(CRITTER_ATTRIBUTES)}
+    values = [{"flipped": flips[part][critter]} for critter in range(2) for part in CRITTER_ATTRIBUTES]
+    expected = {part: (first + second) / 2 for part, (first, second) in flips.items()}
+    assert science.by_part(values) == pytest.approx(expected)
+
+
 def test_a_packed_adapter_is_drawn_as_its_file(tmp_path: Path) -> None:
     """Files hold alpha in B, the recipe's LoRA does not."""
     painter, subject = Painter.of_recipe(), identity(0)
